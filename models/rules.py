@@ -1,0 +1,110 @@
+"""Weight rules: how one megatron-core tensor is made of Hugging Face tensors, and back.
+
+A rule is data. ``core`` is the name in a torch_dist checkpoint with ``{l}`` for the layer and ``{e}`` for the
+expert; ``hf`` are the names of its parts. A fused tensor is its parts cut into blocks of rows, in some order:
+``blocks`` gives that order, and serves tensors and byte ranges, in both directions.
+
+Shape letters: v vocabulary, h hidden, g query groups, q query heads per group, d head size, f feed-forward size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """``rows`` rows of part number ``part``, from ``start``."""
+
+    part: int
+    start: int
+    rows: int
+
+
+Blocks = Callable[[Sequence[int], int], list[Block]]  # (rows of each part, query groups) -> order in the core tensor
+
+
+def in_sequence(rows: Sequence[int], groups: int) -> list[Block]:
+    """The parts whole, one after the other: a single tensor, or gate [f, h], up [f, h] -> [2*f, h]."""
+    return [Block(part, 0, n) for part, n in enumerate(rows)]
+
+
+def by_group(rows: Sequence[int], groups: int) -> list[Block]:
+    """q [g*q*d, h], k [g*d, h], v [g*d, h] -> [g*(q+2)*d, h]: each query group's q, k and v together."""
+    sizes = [n // groups for n in rows]
+    return [Block(part, group * n, n) for group in range(groups) for part, n in enumerate(sizes)]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One core tensor and the Hugging Face tensors it is made of."""
+
+    core: str
+    hf: tuple[str, ...]
+    blocks: Blocks = in_sequence
+
+
+def pack(rule: Rule, parts: Sequence[Tensor], groups: int) -> Tensor:
+    """The core tensor made of its Hugging Face parts (a copy)."""
+    if len(parts) == 1:
+        return parts[0]
+    blocks = rule.blocks([part.shape[0] for part in parts], groups)
+    return torch.cat([parts[b.part].narrow(0, b.start, b.rows) for b in blocks])
+
+
+def unpack(rule: Rule, tensor: Tensor, rows: Sequence[int], groups: int) -> list[Tensor]:
+    """The Hugging Face parts, with ``rows`` rows each, of a core tensor (copies)."""
+    parts = [tensor.new_empty((n, *tensor.shape[1:])) for n in rows]
+    at = 0
+    for part, start, n in rule.blocks(rows, groups):
+        parts[part].narrow(0, start, n).copy_(tensor.narrow(0, at, n))
+        at += n
+    return parts
+
+
+CORE, HF = "decoder.layers.{l}.", "model.layers.{l}."
+
+
+def embeddings() -> tuple[Rule, ...]:
+    """Word embeddings, final norm and output layer (the output layer is absent where it is tied)."""
+    return (
+        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+        Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
+        Rule("output_layer.weight", ("lm_head.weight",)),
+    )
+
+
+def attention(*, bias: bool = False, qk_norm: bool = False) -> tuple[Rule, ...]:
+    """Input norm, fused QKV (with bias for ``bias``), output projection, and norms of q and k for ``qk_norm``."""
+    core, hf = CORE + "self_attention.", HF + "self_attn."
+    kinds = ("weight", "bias") if bias else ("weight",)
+    norms = ("q", "k") if qk_norm else ()
+    return (
+        Rule(core + "linear_qkv.layer_norm_weight", (HF + "input_layernorm.weight",)),
+        *(Rule(core + f"linear_qkv.{kind}", tuple(f"{hf}{p}_proj.{kind}" for p in "qkv"), by_group) for kind in kinds),
+        Rule(core + "linear_proj.weight", (hf + "o_proj.weight",)),
+        *(Rule(core + f"{n}_layernorm.weight", (hf + f"{n}_norm.weight",)) for n in norms),
+    )
+
+
+def dense_mlp() -> tuple[Rule, ...]:
+    """Norm and gated MLP of a dense layer."""
+    norm = Rule(CORE + "mlp.linear_fc1.layer_norm_weight", (HF + "post_attention_layernorm.weight",))
+    return norm, *gated_mlp("mlp.", "mlp.", ("gate_proj", "up_proj", "down_proj"))
+
+
+def moe_mlp(block: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> tuple[Rule, ...]:
+    """Norm, router and experts of a mixture-of-experts layer; ``block`` and ``names`` as Hugging Face calls them."""
+    return (
+        Rule(CORE + "pre_mlp_layernorm.weight", (HF + "post_attention_layernorm.weight",)),
+        Rule(CORE + "mlp.router.weight", (HF + f"{block}.gate.weight",)),
+        *gated_mlp("mlp.experts.experts.{e}.", block + ".experts.{e}.", names),
+    )
+
+
+def gated_mlp(core: str, hf: str, names: tuple[str, str, str]) -> tuple[Rule, ...]:
+    """gate and up fused into fc1, down as fc2."""
+    gate, up, down = (f"{HF}{hf}{name}.weight" for name in names)
+    return Rule(f"{CORE}{core}linear_fc1.weight", (gate, up)), Rule(f"{CORE}{core}linear_fc2.weight", (down,))
