@@ -49,7 +49,9 @@ def staged_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_folder(target: Path, *, tool: str, force: bool = False, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def staged_folder(
+    target: Path, *, tool: str, force: bool = False, about: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it gets a manifest, and replaces ``target``.
 
     An existing target is refused unless ``force``; it is removed only after the new one is in place.
@@ -124,7 +126,9 @@ def verify(folder: Path, *, digests: bool = True) -> bool:
         if not path.is_file():
             raise UserError(f"{path}: missing, but listed in {MANIFEST}; the folder is damaged")
         if path.stat().st_size != said["bytes"]:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {said['bytes']}; the file is damaged")
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {said['bytes']}; the file is damaged"
+            )
         if digests and digest(path) != said["xxh3_128"]:
             raise UserError(f"{path}: content differs from {MANIFEST}; the file is damaged")
     return True
@@ -139,4 +143,6 @@ def naming_full_disks(target: Path) -> Iterator[None]:
         if error.errno not in (28, 122):  # ENOSPC, EDQUOT
             raise
         free = shutil.disk_usage(target.parent).free
-        raise UserError(f"{target}: disk full ({free:,} bytes free); nothing was kept, free some space and run again") from error
+        raise UserError(
+            f"{target}: disk full ({free:,} bytes free); nothing was kept, free some space and run again"
+        ) from error

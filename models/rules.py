@@ -9,10 +9,10 @@ Shape letters: v vocabulary, h hidden, g query groups, q query heads per group, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Block(NamedTuple):
@@ -23,7 +23,9 @@ class Block(NamedTuple):
     rows: int
 
 
-Blocks = Callable[[Sequence[int], int], list[Block]]  # (rows of each part, query groups) -> order in the core tensor
+Blocks = Callable[
+    [Sequence[int], int], list[Block]
+]  # (rows of each part, query groups) -> order in the core tensor
 
 
 def in_sequence(rows: Sequence[int], groups: int) -> list[Block]:
@@ -46,15 +48,17 @@ class Rule:
     blocks: Blocks = in_sequence
 
 
-def pack(rule: Rule, parts: Sequence[Tensor], groups: int) -> Tensor:
+def pack(rule: Rule, parts: Sequence["Tensor"], groups: int) -> "Tensor":
     """The core tensor made of its Hugging Face parts (a copy)."""
+    import torch
+
     if len(parts) == 1:
         return parts[0]
     blocks = rule.blocks([part.shape[0] for part in parts], groups)
     return torch.cat([parts[b.part].narrow(0, b.start, b.rows) for b in blocks])
 
 
-def unpack(rule: Rule, tensor: Tensor, rows: Sequence[int], groups: int) -> list[Tensor]:
+def unpack(rule: Rule, tensor: "Tensor", rows: Sequence[int], groups: int) -> list["Tensor"]:
     """The Hugging Face parts, with ``rows`` rows each, of a core tensor (copies)."""
     parts = [tensor.new_empty((n, *tensor.shape[1:])) for n in rows]
     at = 0
@@ -83,7 +87,10 @@ def attention(*, bias: bool = False, qk_norm: bool = False) -> tuple[Rule, ...]:
     norms = ("q", "k") if qk_norm else ()
     return (
         Rule(core + "linear_qkv.layer_norm_weight", (HF + "input_layernorm.weight",)),
-        *(Rule(core + f"linear_qkv.{kind}", tuple(f"{hf}{p}_proj.{kind}" for p in "qkv"), by_group) for kind in kinds),
+        *(
+            Rule(core + f"linear_qkv.{kind}", tuple(f"{hf}{p}_proj.{kind}" for p in "qkv"), by_group)
+            for kind in kinds
+        ),
         Rule(core + "linear_proj.weight", (hf + "o_proj.weight",)),
         *(Rule(core + f"{n}_layernorm.weight", (hf + f"{n}_norm.weight",)) for n in norms),
     )
@@ -95,7 +102,9 @@ def dense_mlp() -> tuple[Rule, ...]:
     return norm, *gated_mlp("mlp.", "mlp.", ("gate_proj", "up_proj", "down_proj"))
 
 
-def moe_mlp(block: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> tuple[Rule, ...]:
+def moe_mlp(
+    block: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> tuple[Rule, ...]:
     """Norm, router and experts of a mixture-of-experts layer; ``block`` and ``names`` as Hugging Face calls them."""
     return (
         Rule(CORE + "pre_mlp_layernorm.weight", (HF + "post_attention_layernorm.weight",)),

@@ -1,0 +1,153 @@
+"""A model family: everything megapatch knows about one Hugging Face ``model_type``. Imports no torch."""
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from megapatch.models.cli import UserError
+from megapatch.models.rules import Rule
+
+HfConfig = Mapping[str, Any]  # config.json, as read
+Source = str | Callable[[HfConfig], Any]  # a key of config.json ("a|b": a or b), or a function of config.json
+
+READS: dict[str, Source] = {  # true of every decoder family: TransformerConfig field <- config.json
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": lambda hf: hf.get("num_key_value_heads") or hf["num_attention_heads"],
+    "kv_channels": lambda hf: hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+    "layernorm_epsilon": "rms_norm_eps",
+    "init_method_std": lambda hf: hf.get("initializer_range", 0.02),
+    "attention_dropout": lambda hf: hf.get("attention_dropout", 0.0),
+}
+FIXED: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": "silu",  # a name in torch.nn.functional
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+}
+MOE_READS: dict[str, Source] = {
+    "num_moe_experts": "num_local_experts|num_experts",  # transformers 5 | 4
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_aux_loss_coeff": lambda hf: hf.get("router_aux_loss_coef", 0.0),
+}
+MOE_FIXED: dict[str, Any] = {"moe_router_load_balancing_type": "aux_loss"}
+TINY: dict[str, Any] = {  # a model that fits a test: 4 layers, 4 heads of 8
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. ``reads`` and ``fixed`` add to READS and FIXED above."""
+
+    model_type: str
+    rules: Callable[[HfConfig], tuple[Rule, ...]]
+    reads: Mapping[str, Source] = field(default_factory=dict)  # TransformerConfig field <- config.json
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig field <- constant
+    only: Mapping[str, Any] = field(default_factory=dict)  # config.json settings with one supported value
+    tiny: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # config.json of the smallest useful model, for tests
+
+    def transformer_config(self, hf: HfConfig) -> dict[str, Any]:
+        """Keyword arguments for megatron-core's TransformerConfig; an unsupported setting is a UserError."""
+        for key, value in self.only.items():
+            if hf.get(key, value) != value:
+                raise UserError(
+                    f"config.json: {key} is {hf[key]!r}; {self.model_type} supports {value!r} only"
+                )
+        refuse_windows(hf)
+        return FIXED | self.fixed | {k: _read(hf, s) for k, s in {**READS, **self.reads}.items()}
+
+    def model_rules(self, hf: HfConfig) -> tuple[Rule, ...]:
+        """The weight rules that hold for this config.json: a tied output layer has no weight of its own."""
+        tied = tied_embeddings(hf)
+        return tuple(r for r in self.rules(hf) if not (tied and r.core == "output_layer.weight"))
+
+
+def _read(hf: HfConfig, source: Source) -> Any:
+    if callable(source):
+        return source(hf)
+    for key in source.split("|"):
+        if hf.get(key) is not None:
+            return hf[key]
+    raise UserError(
+        f"config.json: no {source.replace('|', ' or ')}; is it the config.json of a model of this type?"
+    )
+
+
+def tied_embeddings(hf: HfConfig) -> bool:
+    """True when the output layer is the embedding."""
+    return bool(hf.get("tie_word_embeddings", False))
+
+
+def refuse_windows(hf: HfConfig) -> None:
+    """Refuse sliding-window attention in any spelling (UserError)."""
+    kinds = set(hf.get("layer_types") or ["full_attention"])
+    if kinds != {"full_attention"} or (hf.get("sliding_window") and hf.get("use_sliding_window", True)):
+        raise UserError(
+            "config.json: sliding-window attention is not supported for this family; set use_sliding_window to false"
+        )
+
+
+def rope(hf: HfConfig) -> dict[str, Any]:
+    """RoPE parameters from either spelling: rope_parameters, or rope_theta with rope_scaling."""
+    old = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
+    parameters = dict(hf.get("rope_parameters") or old)
+    kind = parameters.setdefault("rope_type", parameters.pop("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(
+            f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3"
+        )
+    return parameters
+
+
+def inverse_frequencies(hf: HfConfig) -> list[float]:
+    """Rotary inverse frequencies [d/2]; llama3 scaling as in transformers' modeling_rope_utils."""
+    p, dim = rope(hf), _read(hf, READS["kv_channels"])
+    plain = [p["rope_theta"] ** (-i / dim) for i in range(0, dim, 2)]
+    if p["rope_type"] == "default":
+        return plain
+    if p["rope_type"] == "linear":
+        return [f / p["factor"] for f in plain]
+    low, high, trained = p["low_freq_factor"], p["high_freq_factor"], p["original_max_position_embeddings"]
+
+    def scaled(f: float) -> float:
+        turns = trained * f / (2 * math.pi)  # of this frequency over the original context
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        return (1 - smooth) * f / p["factor"] + smooth * f
+
+    return [scaled(f) for f in plain]
+
+
+@cache
+def known() -> dict[str, Family]:
+    """Every family by model_type; each module in models/families defines one FAMILY."""
+    from megapatch.models import families
+
+    names = sorted(m.name for m in pkgutil.iter_modules(families.__path__, families.__name__ + "."))
+    found = [importlib.import_module(name).FAMILY for name in names]
+    return {f.model_type: f for f in found}
+
+
+def find(hf: HfConfig) -> Family:
+    """The family of a config.json (UserError when there is none)."""
+    kind = hf.get("model_type")
+    if kind not in known():
+        raise UserError(
+            f"config.json: model_type {kind!r} is not supported; supported: {', '.join(sorted(known()))}"
+        )
+    return known()[kind]
