@@ -99,17 +99,13 @@ def parser(options: type, *, prog: str, epilog: str = "") -> argparse.ArgumentPa
         fromfile_prefix_chars="@",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(
-        "--version", action=_Version, help="show versions of this tool, megatron-core, torch and git"
-    )
+    made.add_argument("--version", action=_Version, help="show versions of this tool, megatron-core, torch and git")
     return made
 
 
 class _Version(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
-        super().__init__(
-            option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help
-        )
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(f"{parser.prog} " + " ".join(f"{k} {v}" for k, v in versions().items()))
@@ -158,9 +154,7 @@ def run(
     except UserError as error:
         return _fail(prog, str(error), verbose)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python complains while closing stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while closing stdout
         return OK
     except OSError as error:
         if error.errno not in (

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from megapatch.models.cli import UserError
-from megapatch.models.rules import Rule
+from megapatch.models.rules import Placed, Rule, expand
 
 HfConfig = Mapping[str, Any]  # config.json, as read
 Source = str | Callable[[HfConfig], Any]  # a key of config.json ("a|b": a or b), or a function of config.json
@@ -58,17 +58,13 @@ class Family:
     reads: Mapping[str, Source] = field(default_factory=dict)  # TransformerConfig field <- config.json
     fixed: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig field <- constant
     only: Mapping[str, Any] = field(default_factory=dict)  # config.json settings with one supported value
-    tiny: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # config.json of the smallest useful model, for tests
+    tiny: Mapping[str, Any] = field(default_factory=dict)  # config.json of the smallest useful model, for tests
 
     def transformer_config(self, hf: HfConfig) -> dict[str, Any]:
         """Keyword arguments for megatron-core's TransformerConfig; an unsupported setting is a UserError."""
         for key, value in self.only.items():
             if hf.get(key, value) != value:
-                raise UserError(
-                    f"config.json: {key} is {hf[key]!r}; {self.model_type} supports {value!r} only"
-                )
+                raise UserError(f"config.json: {key} is {hf[key]!r}; {self.model_type} supports {value!r} only")
         refuse_windows(hf)
         return FIXED | self.fixed | {k: _read(hf, s) for k, s in {**READS, **self.reads}.items()}
 
@@ -78,15 +74,25 @@ class Family:
         return tuple(r for r in self.rules(hf) if not (tied and r.core == "output_layer.weight"))
 
 
+def placed_rules(hf: HfConfig) -> list[Placed]:
+    """Every weight of the model that a config.json describes: the exact set, no more and no less."""
+    family = find(hf)
+    config = family.transformer_config(hf)
+    return expand(family.model_rules(hf), config["num_layers"], config.get("num_moe_experts") or 0)
+
+
+def stacked_layers(hf: HfConfig) -> bool:
+    """True when core stores all layers of a weight as one tensor: all layers are of one kind."""
+    return find(hf).transformer_config(hf).get("moe_layer_freq", 1) == 1
+
+
 def _read(hf: HfConfig, source: Source) -> Any:
     if callable(source):
         return source(hf)
     for key in source.split("|"):
         if hf.get(key) is not None:
             return hf[key]
-    raise UserError(
-        f"config.json: no {source.replace('|', ' or ')}; is it the config.json of a model of this type?"
-    )
+    raise UserError(f"config.json: no {source.replace('|', ' or ')}; is it the config.json of a model of this type?")
 
 
 def tied_embeddings(hf: HfConfig) -> bool:
@@ -109,9 +115,7 @@ def rope(hf: HfConfig) -> dict[str, Any]:
     parameters = dict(hf.get("rope_parameters") or old)
     kind = parameters.setdefault("rope_type", parameters.pop("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise UserError(
-            f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3"
-        )
+        raise UserError(f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3")
     return parameters
 
 
@@ -147,7 +151,5 @@ def find(hf: HfConfig) -> Family:
     """The family of a config.json (UserError when there is none)."""
     kind = hf.get("model_type")
     if kind not in known():
-        raise UserError(
-            f"config.json: model_type {kind!r} is not supported; supported: {', '.join(sorted(known()))}"
-        )
+        raise UserError(f"config.json: model_type {kind!r} is not supported; supported: {', '.join(sorted(known()))}")
     return known()[kind]

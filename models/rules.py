@@ -8,7 +8,7 @@ Shape letters: v vocabulary, h hidden, g query groups, q query heads per group, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ class Block(NamedTuple):
     rows: int
 
 
-Blocks = Callable[
-    [Sequence[int], int], list[Block]
-]  # (rows of each part, query groups) -> order in the core tensor
+Blocks = Callable[[Sequence[int], int], list[Block]]  # (rows of each part, query groups) -> order in the core tensor
 
 
 def in_sequence(rows: Sequence[int], groups: int) -> list[Block]:
@@ -46,6 +44,44 @@ class Rule:
     core: str
     hf: tuple[str, ...]
     blocks: Blocks = in_sequence
+    layers: tuple[int, ...] | None = None  # the layers that have it; None: every layer
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A rule at one layer and expert, with the names filled in (None where the rule has no such axis)."""
+
+    rule: Rule
+    layer: int | None
+    expert: int | None
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        """The Hugging Face names."""
+        return tuple(name.format(l=self.layer, e=self.expert) for name in self.rule.hf)
+
+    def key(self, stacked: bool) -> str:
+        """The name in a torch_dist checkpoint; with ``stacked``, layers are an axis of the tensor, not in the name.
+
+        Experts are always an axis. Leading axes of the stored tensor: (layer if stacked), (expert if any).
+        """
+        layer = "" if stacked else f"{self.layer}."
+        return self.rule.core.replace("{l}.", layer).replace("{e}.", "")
+
+
+def expand(rules: Sequence[Rule], num_layers: int, num_experts: int) -> list[Placed]:
+    """Every rule at every layer and expert that has it, layer by layer as Hugging Face orders them."""
+    placed = [Placed(r, None, None) for r in rules if "{l}" not in r.core]
+    for layer in range(num_layers):
+        for rule in (r for r in rules if "{l}" in r.core and (r.layers is None or layer in r.layers)):
+            experts: Sequence[int | None] = range(num_experts) if "{e}" in rule.core else (None,)
+            placed += [Placed(rule, layer, expert) for expert in experts]
+    return placed
+
+
+def on_layers(rules: Sequence[Rule], layers: Sequence[int]) -> tuple[Rule, ...]:
+    """The same rules, for some layers only."""
+    return tuple(replace(rule, layers=tuple(layers)) for rule in rules)
 
 
 def pack(rule: Rule, parts: Sequence["Tensor"], groups: int) -> "Tensor":
@@ -87,10 +123,7 @@ def attention(*, bias: bool = False, qk_norm: bool = False) -> tuple[Rule, ...]:
     norms = ("q", "k") if qk_norm else ()
     return (
         Rule(core + "linear_qkv.layer_norm_weight", (HF + "input_layernorm.weight",)),
-        *(
-            Rule(core + f"linear_qkv.{kind}", tuple(f"{hf}{p}_proj.{kind}" for p in "qkv"), by_group)
-            for kind in kinds
-        ),
+        *(Rule(core + f"linear_qkv.{kind}", tuple(f"{hf}{p}_proj.{kind}" for p in "qkv"), by_group) for kind in kinds),
         Rule(core + "linear_proj.weight", (hf + "o_proj.weight",)),
         *(Rule(core + f"{n}_layernorm.weight", (hf + f"{n}_norm.weight",)) for n in norms),
     )

@@ -6,7 +6,7 @@ the top-k logits: core's ``moe_router_pre_softmax=False``.
 """
 
 from megapatch.models.family import MOE_FIXED, MOE_READS, TINY, Family, HfConfig
-from megapatch.models.rules import attention, dense_mlp, embeddings, moe_mlp
+from megapatch.models.rules import attention, dense_mlp, embeddings, moe_mlp, on_layers
 
 
 def moe_layers(hf: HfConfig) -> list[int]:
@@ -22,16 +22,14 @@ FAMILY = Family(
     | {
         "moe_ffn_hidden_size": "moe_intermediate_size",
         "moe_router_pre_softmax": lambda hf: not hf["norm_topk_prob"],
-        "moe_layer_freq": lambda hf: (
-            moe_layers(hf) if 0 in moe_layers(hf) else 1
-        ),  # 1: stacked checkpoint keys
+        "moe_layer_freq": lambda hf: moe_layers(hf) if 0 in moe_layers(hf) else 1,  # 1: stacked checkpoint keys
     },
     only={"attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"},
     rules=lambda hf: (
         *embeddings(),
         *attention(qk_norm=True),
-        *(moe_mlp() if 1 in moe_layers(hf) else ()),
-        *(dense_mlp() if 0 in moe_layers(hf) else ()),
+        *on_layers(moe_mlp(), [n for n, moe in enumerate(moe_layers(hf)) if moe]),
+        *on_layers(dense_mlp(), [n for n, moe in enumerate(moe_layers(hf)) if not moe]),
     ),
     tiny=TINY
     | {
