@@ -35,7 +35,8 @@ class UserError(Exception):
 def opt(help: str, default: Any = MISSING, *, flags: Sequence[str] = (), **meta: Any) -> Any:
     """A command-line option. ``flags`` replaces the flag made from the field's name (``--like-this``).
 
-    The default is shown in --help; a list or tuple option needs ``nargs``; other keywords go to argparse.
+    The default is shown in --help; a list or tuple option needs ``nargs``, and ``repeat=True`` when giving it
+    again shall add to it, not replace it; other keywords go to argparse.
     """
     if default is not MISSING and default is not None and default is not False and default not in ((), ""):
         shown = " ".join(map(str, default)) if isinstance(default, tuple | list) else default
@@ -85,6 +86,19 @@ class _Parser(argparse_dataclass.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
+
+    def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:  # type: ignore[override]
+        name = settings.get("dest") or flags[0].lstrip("-").replace("-", "_")
+        options = getattr(self, "_options_type", None)  # absent while argparse adds --help
+        if options and any(f.name == name and f.metadata.get("repeat") for f in dataclasses.fields(options)):
+            settings["action"] = _Repeat
+        return super().add_argument(*flags, **settings)
+
+
+class _Repeat(argparse.Action):
+    def __call__(self, _: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else []), *values])
 
 
 def parser(options: type, *, prog: str, epilog: str = "") -> argparse.ArgumentParser:
