@@ -38,7 +38,7 @@ def opt(help: str, default: Any = MISSING, *, flags: Sequence[str] = (), **meta:
     The default is shown in --help; a list or tuple option needs ``nargs``, and ``repeat=True`` when giving it
     again shall add to it, not replace it; other keywords go to argparse.
     """
-    if default is not MISSING and default is not None and default is not False and default not in ((), ""):
+    if default is not MISSING and default is not None and default is not False and default not in ((), [], ""):
         shown = " ".join(map(str, default)) if isinstance(default, tuple | list) else default
         help += f" (default: {shown})"
     meta["help"] = help.replace("%", "%%")
@@ -158,7 +158,7 @@ def run(
     """
     made = parser(options, prog=prog, epilog=epilog)
     try:
-        args = made.parse_args(argv)
+        args: Any = made.parse_args(argv)
     except ValueError as error:  # from __post_init__
         made.error(str(error))
     verbose = getattr(args, "verbose", False)

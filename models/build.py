@@ -1,0 +1,111 @@
+"""Family + Device + Parallel -> megatron-core GPTModel."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megapatch.models.cli import UserError
+from megapatch.models.device import Device
+from megapatch.models.family import HfConfig, find, inverse_frequencies, tied_embeddings
+from megapatch.models.layers.spec import block_spec
+from megapatch.models.parallel import Parallel
+
+Precision = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a model is besides its config.json."""
+
+    parallel: Parallel
+    device: Device
+    precision: Precision = "fp32"
+    seq_length: int | None = None  # None: config.json's max_position_embeddings
+    overrides: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields
+
+
+def transformer_config(hf: HfConfig, options: ModelOptions) -> TransformerConfig:
+    """megatron-core's configuration of a config.json on a device at a layout (UserError when they do not fit)."""
+    fields = find(hf).transformer_config(hf)
+    options.parallel.check_model(fields)
+    fields["activation_func"] = getattr(F, fields["activation_func"])
+    dtype = DTYPES[options.precision]
+    moe = {"moe_token_dispatcher_type": "alltoall"} if fields.get("num_moe_experts") else {}
+    return TransformerConfig(
+        **fields,
+        **options.parallel.config(),
+        **moe,
+        **options.device.config()
+        | {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": options.precision == "bf16"}
+        | options.overrides,
+    )
+
+
+def build(hf: HfConfig, options: ModelOptions) -> list[torch.nn.Module]:
+    """This process's part of the model with random weights: one GPTModel per virtual pipeline chunk.
+
+    The process groups must be there (``parallel.start``), and the generators seeded. In bf16 each is wrapped in
+    megatron-core's Float16Module. On a GPU the model is moved there.
+    """
+    config = transformer_config(hf, options)
+    chunks: list[torch.nn.Module] = []
+    for stage in range(options.parallel.vpp) if options.parallel.vpp else [None]:
+        model = _chunk(hf, config, options, stage).to(options.device.torch)
+        chunks.append(Float16Module(config, model) if options.precision == "bf16" else model)
+    return chunks
+
+
+def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage: int | None) -> GPTModel:
+    max_length = hf.get("max_position_embeddings")
+    length = options.seq_length or max_length
+    if max_length and length > max_length:
+        raise UserError(f"--seq-length {length} is longer than max_position_embeddings of config.json, {max_length}")
+    vocab = hf["vocab_size"]
+    model = GPTModel(
+        config,
+        block_spec(config, options.device.transformer_engine, stage),
+        vocab_size=padded_vocabulary(vocab, options.parallel.tp),
+        max_sequence_length=length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        share_embeddings_and_output_weights=tied_embeddings(hf),
+        position_embedding_type="rope",
+        vp_stage=stage,
+    )
+    frequencies = torch.tensor(inverse_frequencies(hf), dtype=torch.float64)
+    model.rotary_pos_emb.inv_freq = frequencies.to(torch.float32).to(options.device.torch)
+    if model.post_process:
+        hide_padding(model, vocab)
+    return model
+
+
+def padded_vocabulary(vocab_size: int, tp: int) -> int:
+    """The vocabulary rounded up to what tensor parallelism can cut."""
+    return -(-vocab_size // tp) * tp
+
+
+def hide_padding(model: GPTModel, vocab_size: int) -> None:
+    """Give logits beyond the vocabulary no probability, so that the loss does not depend on the layout."""
+    tp, rank = model.config.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
+    padded = padded_vocabulary(vocab_size, tp)
+    local = padded // tp
+    first = max(vocab_size - rank * local, 0)  # of this rank's columns, the first that is padding
+    if first >= local:
+        return
+
+    def mask(module: torch.nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        logits, bias = output  # [s, b, v/tp], or [s, b, v] when gathered
+        start = first if logits.shape[-1] == local else vocab_size
+        hidden = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        hidden[start:] = True
+        return logits.masked_fill(hidden, torch.finfo(logits.dtype).min), bias
+
+    model.output_layer.register_forward_hook(mask)

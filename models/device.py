@@ -1,0 +1,163 @@
+"""The one place that knows what the machine is: CPU with gloo, or GPU with NCCL; Transformer Engine, flash-attn.
+
+Nothing else branches on the kind of device. ``start`` makes megatron-core importable and runnable; call it before
+importing anything of megatron-core.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import random
+import resource
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy
+import torch
+
+from megapatch.models.cli import UserError
+
+log = logging.getLogger(__name__)
+Kind = Literal["auto", "cpu", "gpu"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What this process computes on, and the libraries that it may use there."""
+
+    kind: Literal["cpu", "cuda"]
+    transformer_engine: bool
+    flash_attention: bool
+    reason: str  # why this kind was chosen, for the log
+
+    @property
+    def backend(self) -> Literal["gloo", "nccl"]:
+        """The torch.distributed backend."""
+        return "nccl" if self.kind == "cuda" else "gloo"
+
+    @property
+    def torch(self) -> torch.device:
+        """This process's torch device."""
+        return torch.device("cuda", torch.cuda.current_device()) if self.kind == "cuda" else torch.device("cpu")
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory this process has held: allocated on the GPU, or resident on a CPU."""
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def config(self) -> dict[str, Any]:
+        """TransformerConfig fields that follow from the device: what needs a GPU kernel is off without it."""
+        fused = self.kind == "cuda"
+        return {
+            "use_cpu_initialization": not fused,
+            "bias_activation_fusion": fused,
+            "bias_dropout_fusion": fused,
+            "masked_softmax_fusion": False,  # our attention never builds the scores
+            "apply_rope_fusion": self.transformer_engine,
+            "gradient_accumulation_fusion": False,  # needs Apex
+            "persist_layer_norm": False,  # needs Apex
+            "deallocate_pipeline_outputs": True,
+        }
+
+    def generator_state(self) -> dict[str, Any]:
+        """States of every random number generator of this process, to be saved."""
+        from megatron.core import tensor_parallel
+
+        return {
+            "random": random.getstate(),
+            "numpy": numpy.random.get_state(),
+            "torch": torch.get_rng_state(),
+            "device": torch.cuda.get_rng_state(),
+            "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        }
+
+    def set_generator_state(self, state: dict[str, Any]) -> None:
+        """Restore what ``generator_state`` gave."""
+        from megatron.core import tensor_parallel
+
+        random.setstate(state["random"])
+        numpy.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        torch.cuda.set_rng_state(state["device"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def installed(package: str) -> bool:
+    """True when ``package`` can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+@cache
+def start(kind: Kind = "auto") -> Device:
+    """Choose the device, select this process's GPU, and make megatron-core ready for it. Idempotent."""
+    seen = torch.cuda.is_available()
+    if kind == "gpu" and not seen:
+        raise UserError("--device gpu: torch sees no GPU; use --device cpu, or install a torch built for your driver")
+    if kind == "auto":
+        reason = "torch sees a GPU" if seen else "torch sees no GPU"
+    else:
+        reason = f"--device {kind}"
+    device = _gpu(reason) if seen and kind != "cpu" else _cpu(reason)
+    quiet_upstream()
+    return device
+
+
+def _gpu(reason: str) -> Device:
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    engine = installed("transformer_engine")
+    import megatron.core  # noqa: F401
+
+    if not engine:
+        from megapatch.models.patches import core_on_cpu
+
+        core_on_cpu.name_missing_te_gemm()
+    return Device("cuda", engine, installed("flash_attn"), reason)
+
+
+def _cpu(reason: str) -> Device:
+    if torch.cuda.is_available():
+        raise UserError("--device cpu on a machine with a GPU: hide the GPU too, with CUDA_VISIBLE_DEVICES=''")
+    from megapatch.models.patches import accelerator
+
+    with accelerator.eager_jit(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Apex and Transformer Engine are not there; we know
+        import megatron.core
+        import megatron.core.models.gpt  # noqa: F401
+
+    from megapatch.models.patches import core_on_cpu
+
+    accelerator.install()
+    core_on_cpu.install()
+    core_on_cpu.name_missing_te_gemm()
+    return Device("cpu", False, False, reason)
+
+
+def quiet_upstream() -> None:
+    """Silence upstream's advice that the user cannot follow; errors still come through."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    for name in ("megatron", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def seed_everything(seed: int, pipeline_rank: int, data_rank: int = 0) -> None:
+    """Seed all generators: different on each pipeline stage, as Megatron-LM does (100 apart), equal over data ranks.
+
+    Needs megatron-core's parallel state; the model-parallel tracker is seeded too.
+    """
+    from megatron.core import tensor_parallel
+
+    stage_seed = seed + 100 * pipeline_rank + 10 * data_rank
+    random.seed(stage_seed)
+    numpy.random.seed(stage_seed)
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)

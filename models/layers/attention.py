@@ -1,0 +1,143 @@
+"""Core attention through PyTorch's scaled_dot_product_attention: grouped queries, context parallel, packed.
+
+Takes the place of megatron-core's unfused DotProductAttention, which builds the [s, s] scores and knows neither.
+Shape letters: s sequence, b batch, n query heads of this process, g key-value heads of this process, d head size.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+
+class SdpaAttention(MegatronModule):
+    """softmax(q k^T * scale) v, never materialising the scores where the backend can avoid it."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert attention_type == "self", "cross attention comes with encoder-decoder models"
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.cp_group = groups.cp if config.context_parallel_size > 1 else None
+        self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n*d]; packed: [s, n, d] -> [s, n*d].
+
+        Causal unless ``attn_mask_type`` is no_mask; ``attention_mask`` (True: hidden) is read only with 'arbitrary'.
+        """
+        assert attention_bias is None, "attention bias is not supported"
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
+        if self.cp_group is not None:
+            return self._context_parallel(query, key, value)
+        visible = None
+        if attn_mask_type == AttnMaskType.arbitrary and attention_mask is not None:
+            visible = ~attention_mask
+        causal = visible is None and attn_mask_type != AttnMaskType.no_mask
+        return self._attend(query, key, value, visible, causal).flatten(2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
+        """q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n, d]"""
+        dropout = self.dropout if self.training else 0.0
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [s, b, n, d] -> [b, n, s, d]
+        with get_cuda_rng_tracker().fork() if dropout else _no_fork:
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=visible,
+                is_causal=causal,
+                dropout_p=dropout,
+                scale=self.scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        return out.permute(2, 0, 1, 3)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        """[s, n, d] -> [s, n*d]: each packed sequence attends to itself."""
+        assert self.cp_group is None, "packed sequences with context parallelism are not supported"
+        bounds = packed.cu_seqlens_q.tolist()
+        out = [
+            self._attend(*(x[a:b, None] for x in (query, key, value)), None, True)[:, 0] for a, b in pairwise(bounds)
+        ]
+        return torch.cat(out).flatten(1)
+
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """This rank's query pieces r and 2*cp-1-r against the keys of the whole sequence."""
+        assert self.cp_group is not None
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        key, value = (_gather_sequence(x, self.cp_group) for x in (key, value))
+        half = query.shape[0] // 2
+        out = []
+        for piece, number in zip(query.split(half), (rank, 2 * size - 1 - rank), strict=True):
+            end = (number + 1) * half  # a query sees the keys up to its own place: causal, aligned lower right
+            visible = torch.ones(half, end, dtype=torch.bool, device=query.device).tril(end - half)
+            out.append(self._attend(piece, key[:end], value[:end], visible, causal=False))
+        return torch.cat(out).flatten(2)
+
+
+class _NoFork:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_no_fork = _NoFork()
+
+
+def _gather_sequence(x: Tensor, group: Any) -> Tensor:
+    """[s/cp, ...] -> [s, ...]: rank r holds pieces r and 2*cp-1-r, the load-balanced order of megatron-core."""
+    size = group.size()
+    gathered = _AllGather.apply(x.contiguous(), group)  # [cp, 2, s/(2*cp), ...]
+    order = [(r, 0) if r < size else (2 * size - 1 - r, 1) for r in range(2 * size)]
+    return torch.cat([gathered[rank, which] for rank, which in order])
+
+
+class _AllGather(torch.autograd.Function):
+    """[s, ...] -> [cp, 2, s/2, ...] of every rank; the gradient is summed over ranks and cut back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group, ctx.shape = group, x.shape
+        out = x.new_empty((group.size(), *x.shape))
+        torch.distributed.all_gather_into_tensor(out, x, group=group)
+        return out.view(group.size(), 2, x.shape[0] // 2, *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous().view(ctx.group.size(), *ctx.shape)
+        out = grad.new_empty(ctx.shape)
+        torch.distributed.reduce_scatter_tensor(out, grad, group=ctx.group)
+        return out, None

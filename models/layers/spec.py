@@ -1,0 +1,77 @@
+"""Layer specs: Transformer Engine's where the device has it, else ours on megatron-core's own linear layers.
+
+Both store checkpoints under the same names (those of Transformer Engine), so a checkpoint moves between them.
+"""
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs, get_mlp_module_spec_for_backend
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from megapatch.models.layers.attention import SdpaAttention
+from megapatch.models.layers.norm import RMSNorm
+
+ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}  # dense layers only, as Transformer Engine fuses them
+
+
+def block_spec(
+    config: TransformerConfig, transformer_engine: bool, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage (of its chunk ``vp_stage``), and the final norm."""
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layers, norm = get_gpt_decoder_layer_specs(config, use_transformer_engine=True), TENorm
+    else:
+        layers, norm = [layer_spec(config, moe) for moe in mixture_layers(config)], RMSNorm
+    start = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    stop = start + get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers[start:stop], layer_norm=norm)
+
+
+def mixture_layers(config: TransformerConfig) -> list[bool]:
+    """For each layer of the model, whether it is a mixture of experts."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    pattern = config.moe_layer_freq
+    return [bool(kind) for kind in pattern] if isinstance(pattern, list) else [True] * config.num_layers
+
+
+def layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
+    """One transformer layer without Transformer Engine."""
+    backend = LocalSpecProvider()
+    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=backend.column_parallel_linear(),
+        core_attention=SdpaAttention,
+        linear_proj=backend.row_parallel_linear(),
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
+    )
+    mlp = get_mlp_module_spec_for_backend(
+        backend, num_experts=config.num_moe_experts if moe else None, moe_grouped_gemm=config.moe_grouped_gemm
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=ATTENTION_NORM if moe else ATTENTION_NORM | MLP_NORM,
+        ),
+    )

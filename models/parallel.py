@@ -1,0 +1,139 @@
+"""Parallel layout: the options every tool shares, what they demand of a model, and starting the process groups."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Optional
+
+from megapatch.models.cli import Common, UserError, opt
+
+if TYPE_CHECKING:
+    from megapatch.models.device import Device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(Common):
+    """How a model is cut over processes; data parallelism takes the processes that remain."""
+
+    tp: int = opt(
+        "tensor parallelism: processes that share each layer", 1, flags=["--tensor-model-parallel-size", "--tp"]
+    )
+    pp: int = opt("pipeline parallelism: stages of layers", 1, flags=["--pipeline-model-parallel-size", "--pp"])
+    vpp: Optional[int] = opt(
+        "interleaved pipeline: model chunks per stage", None, flags=["--virtual-pipeline-model-parallel-size", "--vpp"]
+    )
+    cp: int = opt(
+        "context parallelism: processes that share each sequence", 1, flags=["--context-parallel-size", "--cp"]
+    )
+    ep: int = opt(
+        "expert parallelism: processes that share the experts", 1, flags=["--expert-model-parallel-size", "--ep"]
+    )
+    etp: Optional[int] = opt(
+        "tensor parallelism inside experts, if not as --tp", None, flags=["--expert-tensor-parallel-size", "--etp"]
+    )
+    sequence_parallel: bool = opt("cut norms and dropout along the sequence over the TP processes", False)
+
+    def __post_init__(self) -> None:
+        for flag, size in {"tp": self.tp, "pp": self.pp, "cp": self.cp, "ep": self.ep}.items():
+            if size < 1:
+                raise ValueError(f"--{flag} {size}: must be at least 1")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("--sequence-parallel needs --tp above 1")
+        if self.vpp is not None and (self.pp < 2 or self.vpp < 2):
+            raise ValueError(f"--vpp {self.vpp}: needs --pp above 1 and at least 2 chunks per stage")
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor parallelism inside experts."""
+        return self.etp or self.tp
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model on ``world_size`` processes (UserError when they do not divide)."""
+        model = self.tp * self.pp * self.cp
+        expert = self.expert_tp * self.ep * self.pp
+        for product, flags in ((model, "--tp x --pp x --cp"), (expert, "--etp x --ep x --pp")):
+            if world_size % product:
+                raise UserError(f"{flags} = {product} does not divide the number of processes, {world_size}")
+        return world_size // model
+
+    def check_model(self, config: Mapping[str, Any]) -> None:
+        """Refuse a layout that cannot cut a model with these TransformerConfig fields (UserError)."""
+        heads, groups, layers = config["num_attention_heads"], config["num_query_groups"], config["num_layers"]
+        experts = config.get("num_moe_experts")
+        if heads % self.tp:
+            raise UserError(f"--tp {self.tp} does not divide the {heads} attention heads of config.json")
+        if groups % self.tp and self.tp % groups:
+            raise UserError(f"--tp {self.tp} and the {groups} key-value heads of config.json do not divide each other")
+        chunks = self.pp * (self.vpp or 1)
+        if layers % chunks:
+            name = "--pp x --vpp" if self.vpp else "--pp"
+            raise UserError(f"{name} = {chunks} does not divide the {layers} layers of config.json")
+        if self.ep > 1 and not experts:
+            raise UserError(f"--ep {self.ep}: the model of config.json has no experts")
+        if experts and experts % self.ep:
+            raise UserError(f"--ep {self.ep} does not divide the {experts} experts of config.json")
+        if experts and self.tp > 1 and not self.sequence_parallel:
+            raise UserError(f"--tp {self.tp} on a model with experts needs --sequence-parallel")
+
+    def config(self) -> dict[str, Any]:
+        """TransformerConfig fields of the layout."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "virtual_pipeline_model_parallel_size": self.vpp,
+            "context_parallel_size": self.cp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.expert_tp,
+            "sequence_parallel": self.sequence_parallel,
+        }
+
+
+def world_size() -> int:
+    """The number of processes, as torchrun or Slurm says; 1 when started by hand."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def adopt_slurm() -> None:
+    """Under srun without torchrun, give torch.distributed the names that it reads."""
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and world_size() > 1:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                "MASTER_ADDR is not set; start with torchrun, or export MASTER_ADDR and MASTER_PORT before srun"
+            )
+
+
+def start(parallel: Parallel, device: "Device", *, timeout_s: float = 1800) -> None:
+    """Join the process group (a private one when started by hand) and cut it into megatron-core's groups."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    adopt_slurm()
+    parallel.data_parallel_size(world_size())
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
+        if world_size() > 1:
+            dist.init_process_group(device.backend, timeout=timeout)
+        else:
+            dist.init_process_group(device.backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.expert_tp,
+    )
+
+
+def stop() -> None:
+    """Leave the process groups; harmless when there are none."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
