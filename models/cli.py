@@ -9,23 +9,30 @@ An executable is a frozen dataclass of options, a function that does the work, a
 import argparse
 import dataclasses
 import errno
+import functools
 import importlib.metadata
+import inspect
 import logging
 import os
+import select
 import shlex
 import subprocess
 import sys
 import traceback
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import argparse_dataclass
 
 T = TypeVar("T")
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, PIPE = 0, 1, 2, 130, 141
+USER_ERRNOS = {  # an OSError that the user can mend
+    getattr(errno, name)
+    for name in "EACCES EDQUOT EEXIST EISDIR ELOOP EMFILE ENAMETOOLONG ENOENT ENOSPC ENOTDIR EPERM EROFS".split()
+}
 
 
 class UserError(Exception):
@@ -35,7 +42,7 @@ class UserError(Exception):
 def opt(help: str, default: Any = MISSING, *, flags: Sequence[str] = (), **meta: Any) -> Any:
     """A command-line option. ``flags`` replaces the flag made from the field's name (``--like-this``).
 
-    The default is shown in --help; a list or tuple option needs ``nargs``, and ``repeat=True`` when giving it
+    The default is shown in --help; a list option needs ``nargs``, and ``repeat=True`` when giving it
     again shall add to it, not replace it; other keywords go to argparse.
     """
     if default is not MISSING and default is not None and default is not False and default not in ((), [], ""):
@@ -50,28 +57,56 @@ def opt(help: str, default: Any = MISSING, *, flags: Sequence[str] = (), **meta:
 
 
 def check(options: type) -> None:
-    """Refuse field types that argparse-dataclass 2.0.0 parses wrongly or not at all (TypeError)."""
+    """Refuse fields that argparse-dataclass 2.0.0 parses wrongly or not at all (TypeError)."""
+    if (options.__doc__ or "").startswith(f"{options.__name__}("):  # made up by dataclass
+        raise TypeError(f"{options.__name__}: no docstring; it is the description in --help")
     for f in dataclasses.fields(options):
-        where = f"{options.__name__}.{f.name}"
-        if isinstance(f.type, str):
-            raise TypeError(f"{where}: annotation is a string; remove 'from __future__ import annotations'")
-        if dataclasses.is_dataclass(f.type):
-            raise TypeError(f"{where}: nested dataclass; flatten it or inherit")
-        if get_origin(f.type) in (list, tuple) and not f.metadata.get("nargs"):
-            raise TypeError(f"{where}: a list needs nargs")
-        if f.type is bool and f.default is not False:
-            raise TypeError(f"{where}: name the flag so that its default is off")
-        if isinstance(f.type, types.UnionType) or _bad_optional(f.type):
-            raise TypeError(f"{where}: write Optional[int|float|str|Path]")
-        if not f.metadata.get("help"):
-            raise TypeError(f"{where}: no help text")
+        if wrong := _wrong_kind(f) or _wrong_default(f):
+            raise TypeError(f"{options.__name__}.{f.name}: {wrong}")
 
 
-def _bad_optional(annotation: Any) -> bool:
-    if get_origin(annotation) is not Union:
-        return False
-    inner = [a for a in get_args(annotation) if a is not type(None)]
-    return len(inner) != 1 or inner[0] is bool or get_origin(inner[0]) is not None
+def _wrong_kind(f: dataclasses.Field) -> str | None:
+    kind, origin, nargs = f.type, get_origin(f.type), f.metadata.get("nargs")
+    if isinstance(kind, str):
+        return "annotation is a string; remove 'from __future__ import annotations'"
+    if not f.metadata.get("help"):
+        return "no help text"
+    if "type" in f.metadata:
+        return None if origin is not list or nargs else "a list needs nargs"
+    if origin is list:
+        item = get_args(kind)[0]
+        return None if nargs and _scalar(item) else "a list needs nargs and items of int, float, str, Path or Enum"
+    if origin is Literal:
+        kinds = {type(choice) for choice in get_args(kind)}
+        return None if kinds in ({str}, {int}) else "a Literal is of strings or of integers"
+    inner = _optional(kind)
+    if kind is bool or _scalar(kind) or (inner and _scalar(inner)):
+        return None if not nargs or (inner and nargs == "?") else f"nargs={nargs!r} needs a list, '?' an Optional"
+    return f"{kind} is not parsed; write int, float, str, Path, Enum, Literal, Optional of one type, or list"
+
+
+def _wrong_default(f: dataclasses.Field) -> str | None:
+    if f.type is bool and f.default is not False:
+        return "name the flag so that its default is off"
+    if f.default is MISSING or "type" in f.metadata:
+        return None
+    if get_origin(f.type) is Literal:
+        return None if f.default in get_args(f.type) else f"default {f.default!r} is not one of the choices"
+    kind: Any = _optional(f.type) or f.type
+    if f.default is None:
+        return None if kind is not f.type else "default None needs Optional"
+    accepted = (int, float) if kind is float else kind
+    return None if isinstance(f.default, accepted) else f"default {f.default!r} is not {kind.__name__}"
+
+
+def _scalar(kind: Any) -> bool:
+    return kind in (int, float, str, Path) or (isinstance(kind, type) and issubclass(kind, Enum))
+
+
+def _optional(kind: Any) -> Any:
+    """int for Optional[int]; None for all else, also for int | None, which argparse-dataclass cannot call."""
+    inner = [a for a in get_args(kind) if a is not type(None)]
+    return inner[0] if get_origin(kind) is Union and len(inner) == 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +120,10 @@ class _Parser(argparse_dataclass.ArgumentParser):
     """One option per line in @files, # comments, blank lines and shell quotes allowed."""
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            raise ValueError(f"@file: {arg_line.strip()}: {error}; quote it as for a shell") from error
 
     def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:  # type: ignore[override]
         name = settings.get("dest") or flags[0].lstrip("-").replace("-", "_")
@@ -107,7 +145,7 @@ def parser(options: type, *, prog: str, epilog: str = "") -> argparse.ArgumentPa
     made = _Parser(
         options,
         prog=prog,
-        description=options.__doc__,
+        description=inspect.cleandoc(options.__doc__ or ""),
         epilog=epilog,
         allow_abbrev=False,
         fromfile_prefix_chars="@",
@@ -134,13 +172,19 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "-"
-    here = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    return found | {"git": _git_commit()}
+
+
+@functools.cache  # the code that runs is the one of the start
+def _git_commit() -> str:
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():  # an installed wheel may lie inside somebody else's repository
+        return "-"
+    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     try:
-        found["git"] = subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip() or "-"
-    except OSError:
-        found["git"] = "-"
-    return found
+        return subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip() or "-"
+    except (OSError, subprocess.TimeoutExpired):
+        return "-"
 
 
 def run(
@@ -154,48 +198,72 @@ def run(
     """Parse argv into ``options``, do the work, and return the exit status.
 
     ``work`` returns None or an exit status. Usage errors exit with 2 (also ValueError from __post_init__),
-    UserError and full disks give one line on stderr and 1, Ctrl-C 130; a closed pipe ends quietly.
+    UserError and full disks give one line on stderr and 1, Ctrl-C 130; a closed pipe ends quietly with 141.
     """
-    made = parser(options, prog=prog, epilog=epilog)
+    made, verbose = parser(options, prog=prog, epilog=epilog), False
     try:
-        args: Any = made.parse_args(argv)
-    except ValueError as error:  # from __post_init__
-        made.error(str(error))
-    verbose = getattr(args, "verbose", False)
-    log_to_stderr(prog, verbose)
-    try:
-        return work(args) or OK
+        args: Any = _parse(made, argv)
+        verbose = getattr(args, "verbose", False)
+        log_to_stderr(prog, verbose)
+        status = work(args) or OK
+        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
+        return status
     except UserError as error:
         return _fail(prog, str(error), verbose)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while closing stdout
-        return OK
-    except OSError as error:
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.ENOENT,
-            errno.EROFS,
-            errno.EISDIR,
-        ):
+        if not _stdout_is_closed():  # a worker's pipe, say
             raise
-        return _fail(prog, f"{error.filename or 'output'}: {os.strerror(error.errno)}", verbose)
+        _drop_stdout()
+        return PIPE
+    except OSError as error:
+        if error.errno not in USER_ERRNOS:
+            raise
+        _drop_stdout()
+        return _fail(prog, f"{error.filename or 'output'}: {error.strerror}", verbose)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> Any:
+    try:
+        return made.parse_args(argv)
+    except ValueError as error:  # from __post_init__
+        made.error(str(error))
+    except RecursionError:
+        made.error("an @file names itself")
+
+
+def _stdout_is_closed() -> bool:
+    """Has the reader of the pipe that is our stdout gone?"""
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(0))
+
+
+def _drop_stdout() -> None:
+    """Send nowhere what stdout cannot take, or Python complains about it once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(prog: str, message: str, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
-    print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+    print(f"{_label(prog)}: error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return FAILED
+
+
+def _label(prog: str) -> str:
+    return f"{prog}[{os.environ['RANK']}]" if "RANK" in os.environ else prog
 
 
 def log_to_stderr(prog: str, verbose: bool = False) -> None:
     """Send log messages to stderr: INFO from rank 0, WARNING and above from every rank, with its rank."""
     rank = os.environ.get("RANK", "0")
-    where = f"{prog}[{rank}]" if "RANK" in os.environ else prog
     level = logging.DEBUG if verbose else logging.INFO if rank == "0" else logging.WARNING
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{where}: %(message)s", force=True)
-    logging.getLogger("megapatch").setLevel(level)
+    form = f"{_label(prog)}: %(message)s"
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=form, force=True)
+    for name in ("megapatch", "__main__"):  # an executable's own name under python -m and torchrun -m
+        logging.getLogger(name).setLevel(level)
