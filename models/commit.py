@@ -1,12 +1,19 @@
 """Outputs that are either old or new, never torn: staged beside the target, fsynced, renamed into place.
 
-A finished folder holds ``manifest.json``: size and xxh3-128 of each file, the tool and the versions that wrote it.
+A finished folder holds ``manifest.json``: size and xxh3-128 of each file, the tool and the versions that wrote it,
+and a digest of itself. Neither safetensors nor megatron-core's checkpoints carry checksums of their own.
 """
 
+import ctypes
+import errno
+import glob
 import json
+import logging
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +22,12 @@ import xxhash
 
 from megapatch.models.cli import UserError, versions
 
+log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+_OWN = "xxh3_128"  # the manifest's digest of the rest of itself
 _BUFFER_BYTES = 8 << 20
+_THREADS = 4
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def fsync(path: Path) -> None:
@@ -30,14 +41,16 @@ def fsync(path: Path) -> None:
 
 def staging_name(target: Path) -> Path:
     """Where this process stages ``target``: beside it, so that the rename stays on one file system."""
-    return target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    return target.with_name(f"{target.name}.tmp-{platform.node()}-{os.getpid()}")
 
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
     """Yield a path to write; on success it is made durable and renamed to ``target``, on failure removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = staging_name(target)
+    target = _real(target)
+    if target.exists() and not target.is_file():
+        raise UserError(f"{target}: is not a regular file; choose another output")
+    stage = _make_room(target)
     try:
         with naming_full_disks(target):
             yield stage
@@ -54,53 +67,104 @@ def staged_folder(
 ) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it gets a manifest, and replaces ``target``.
 
-    An existing target is refused unless ``force``; it is removed only after the new one is in place.
+    An existing target is refused unless ``force``; it stays until the new one takes its place.
     ``about``: what else the manifest should say (layout, step), read when the block ends.
     """
     refuse_existing(target, force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = staging_name(target)
-    shutil.rmtree(stage, ignore_errors=True)
+    target = _real(target)
+    stage = _make_room(target)
     stage.mkdir()
     try:
         with naming_full_disks(target):
             yield stage
             seal(stage, tool=tool, about=about)
-            _swap(stage, target)
+            _put(stage, target)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        _remove(stage)
 
 
 def refuse_existing(target: Path, force: bool) -> None:
     """Refuse a target that exists and is not an empty folder, unless ``force``."""
     empty = target.is_dir() and not any(target.iterdir())
-    if (target.exists() or target.is_symlink()) and not empty and not force:
-        raise UserError(f"{target}: exists already; remove it, choose another --target, or pass --force")
+    if target.exists() and not empty and not force:
+        raise UserError(f"{target}: exists already; remove it, choose another output, or pass --force")
 
 
-def _swap(stage: Path, target: Path) -> None:
-    old = target.with_name(f"{target.name}.old-{os.getpid()}")
-    if target.exists():
-        os.rename(target, old)
-    os.rename(stage, target)
-    fsync(target.parent)
-    if old.is_dir():
-        shutil.rmtree(old)
+def _real(target: Path) -> Path:
+    """The target itself where a symbolic link is given, so that the link stays."""
+    target = Path(os.path.realpath(target))
+    if target == Path.cwd() or not target.name:
+        raise UserError(f"{target}: is the current folder; name a folder inside it")
+    return target
+
+
+def _make_room(target: Path) -> Path:
+    """The free staging path of ``target``, whose parents exist durably."""
+    for parent in reversed([p for p in target.parents if not p.exists()]):
+        parent.mkdir(exist_ok=True)
+        fsync(parent.parent)
+    stage = staging_name(target)
+    _remove(stage)  # of an earlier process with this id
+    for other in target.parent.glob(f"{glob.escape(target.name)}.tmp-*"):
+        log.warning("%s: of an interrupted run, or another one is writing; remove it if not", other)
+    return stage
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        old.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def _put(stage: Path, target: Path) -> None:
+    """Rename ``stage`` to ``target``; what was there takes the staging name."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        os.rename(stage, target)
+    elif not _exchange(stage, target):
+        old = target.with_name(f"{target.name}.old-{os.getpid()}")
+        log.info("%s: no atomic exchange on this file system; until done the old one is %s", target, old)
+        os.rename(target, old)
+        os.rename(stage, target)
+        fsync(target.parent)
+        _remove(old)
+    fsync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
 def seal(folder: Path, *, tool: str, about: Mapping[str, Any] | None = None) -> None:
     """fsync every file of ``folder``, then write its manifest, then fsync the folders."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
+
+    def entry(path: Path) -> dict[str, Any]:
         fsync(path)
-    manifest = {"tool": tool, "versions": versions(), **(about or {}), "files": files}
-    with staged_file(folder / MANIFEST) as stage:
-        stage.write_text(json.dumps(manifest, indent=1) + "\n")
+        return {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
+
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        files = {p.relative_to(folder).as_posix(): e for p, e in zip(paths, pool.map(entry, paths), strict=True)}
     for path in [p for p in folder.rglob("*") if p.is_dir()]:
         fsync(path)
+    manifest = {"tool": tool, "versions": versions(), **(about or {}), "files": files}
+    manifest[_OWN] = xxhash.xxh3_128_hexdigest(_json(manifest))
+    with staged_file(folder / MANIFEST) as stage:
+        stage.write_bytes(_json(manifest))
+
+
+def _json(manifest: Mapping[str, Any]) -> bytes:
+    return f"{json.dumps(manifest, indent=1)}\n".encode()
 
 
 def digest(path: Path) -> str:
@@ -113,24 +177,39 @@ def digest(path: Path) -> str:
     return state.hexdigest()
 
 
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of ``folder``, None when it has none; one that is damaged or not ours is a UserError."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes()
+        manifest = json.loads(text)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        manifest = None
+    own = manifest.pop(_OWN, None) if isinstance(manifest, dict) else None
+    whole = own and own == xxhash.xxh3_128_hexdigest(_json(manifest)) and text == _json(manifest | {_OWN: own})
+    if not whole:
+        raise UserError(f"{path}: damaged, or not written by megapatch; remove it to read the folder unverified")
+    return manifest
+
+
 def verify(folder: Path, *, digests: bool = True) -> bool:
     """True when ``folder`` is what its manifest says, False when it has none; a difference is a UserError."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
+    manifest = read_manifest(folder)
+    if manifest is None:
         return False
-    except ValueError as error:
-        raise UserError(f"{folder / MANIFEST}: not JSON ({error}); the folder is damaged") from error
-    for name, said in manifest["files"].items():
-        path = folder / name
+    files = {folder / name: said for name, said in manifest["files"].items()}
+    for path, said in files.items():
         if not path.is_file():
             raise UserError(f"{path}: missing, but listed in {MANIFEST}; the folder is damaged")
         if path.stat().st_size != said["bytes"]:
-            raise UserError(
-                f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {said['bytes']}; the file is damaged"
-            )
-        if digests and digest(path) != said["xxh3_128"]:
-            raise UserError(f"{path}: content differs from {MANIFEST}; the file is damaged")
+            raise UserError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {said['bytes']}; it is damaged")
+    if digests:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for (path, said), found in zip(files.items(), pool.map(digest, files), strict=True):
+                if found != said["xxh3_128"]:
+                    raise UserError(f"{path}: content differs from {MANIFEST}; it is damaged")
     return True
 
 
@@ -140,9 +219,9 @@ def naming_full_disks(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (28, 122):  # ENOSPC, EDQUOT
+        if error.errno not in _FULL:
             raise
         free = shutil.disk_usage(target.parent).free
         raise UserError(
-            f"{target}: disk full ({free:,} bytes free); nothing was kept, free some space and run again"
+            f"{target}: disk full ({free:,} bytes free); nothing was kept, free space and run again"
         ) from error
