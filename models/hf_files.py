@@ -1,0 +1,242 @@
+"""Hugging Face model folders: safetensors headers read and written without the tensors; index.json; side files.
+
+Imports no torch. Tensors are named by torch's dtypes; ``offset`` is a byte offset in the file.
+"""
+
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megapatch.models.cli import UserError
+from megapatch.models.commit import MANIFEST
+from megapatch.models.torch_save import ITEM_BYTES
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SAFETENSORS_DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+_HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".distcp"}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor and where its bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder."""
+    found = _json(folder / CONFIG)
+    if not isinstance(found, dict):
+        raise UserError(f"{folder / CONFIG}: a JSON {type(found).__name__}; expected an object")
+    return found
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder's safetensors file or files; a folder that contradicts itself is a UserError."""
+    weight_map = index(folder)
+    if weight_map is None:
+        return {t.name: t for t in read_header(folder / _single(folder))}
+    found: dict[str, Tensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file}: missing, but {INDEX} names it; get the model again")
+        for tensor in read_header(folder / file):
+            if weight_map.get(tensor.name) != file:
+                said = weight_map.get(tensor.name, "no file")
+                raise UserError(f"{folder / file}: holds {tensor.name}, but {INDEX} gives {said} for it")
+            found[tensor.name] = tensor
+    for name, file in weight_map.items():
+        if name not in found:
+            raise UserError(f"{folder / INDEX}: names {name} in {file}, but that file does not hold it")
+    return found
+
+
+def index(folder: Path) -> dict[str, str] | None:
+    """The weight map of a sharded folder, tensor name to name of a file in it; None when it has none."""
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    said = _json(path)
+    weight_map = said.get("weight_map") if isinstance(said, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: no weight_map; the file is damaged")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(f"{path}: {name} is said to be in {file!r}; expected a .safetensors file of this folder")
+    return weight_map
+
+
+def _single(folder: Path) -> str:
+    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    if found in ([SINGLE], []) or len(found) > 1:
+        if SINGLE in found:
+            return SINGLE
+        raise UserError(
+            f"{folder}: {'several .safetensors files and no ' + INDEX if found else 'no .safetensors file'}; "
+            f"expected {SINGLE}, or {INDEX} and its files (save the model with save_pretrained)"
+        )
+    return found[0]
+
+
+def read_header(path: Path) -> list[Tensor]:
+    """The tensors of one safetensors file, in the order of their bytes; a damaged file is a UserError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
+        if not 0 < length <= min(_HEADER_LIMIT_BYTES, size - 8):
+            raise UserError(f"{path}: {size} bytes, header said to be {length}; not a safetensors file, or cut short")
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
+        entries = {name: _entry(name, said) for name, said in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: the safetensors header is not readable ({error}); the file is damaged") from error
+    at, found = 8 + length, []
+    for name, (dtype, shape, start, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        tensor = Tensor(name, dtype, shape, path, 8 + length + start)
+        if end - start != tensor.size:
+            raise UserError(f"{path}: {name}: {end - start} bytes for {dtype} {list(shape)}; expected {tensor.size}")
+        if tensor.offset != at:
+            raise UserError(
+                f"{path}: {name} starts at byte {tensor.offset}; expected {at}: tensors overlap or leave gaps"
+            )
+        at += tensor.size
+        found.append(tensor)
+    if at != size:
+        raise UserError(f"{path}: {size} bytes in the file; the header says {at}: cut short, or changed; get it again")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise UserError(f"{path}: {next(n for n in names if names.count(n) > 1)} is in the header twice; file damaged")
+    return made
+
+
+def _entry(name: str, said: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    dtype, shape, (start, end) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
+    if dtype not in SAFETENSORS_DTYPES:
+        raise ValueError(f"{name}: unknown dtype {dtype!r}")
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError(f"{name}: shape {shape}, offsets {start}, {end}")
+    return SAFETENSORS_DTYPES[dtype], shape, start, end
+
+
+def header(described: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[int], int]:
+    """(name, dtype, shape) of a file's tensors -> its header, the byte offset of each tensor, the file's size.
+
+    In ``saved_order``, this is the header that the safetensors library writes, byte for byte.
+    """
+    names = {torch: name for name, torch in SAFETENSORS_DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, at = [], 0
+    for name, dtype, shape in described:
+        end = at + prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        starts.append(at)
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, [first + start for start in starts], first + at
+
+
+def saved_order(described: Sequence[tuple[str, str, tuple[int, ...]]]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """The order in which the safetensors library lays out a file: wide dtypes first, then by name."""
+    wide = ["float64", "float32", "bfloat16", "float16"]
+    return sorted(described, key=lambda said: (wide.index(said[1]), said[0]))
+
+
+def shards(sizes: Mapping[str, int], limit_bytes: int) -> dict[str, list[str]]:
+    """File name -> names of its tensors: in order, each file within the limit (or one tensor)."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": names for n, names in enumerate(groups, 1)}
+
+
+def index_json(files: Mapping[str, Sequence[str]], sizes: Mapping[str, int], parameters: int) -> bytes:
+    """index.json as transformers writes it."""
+    said = {
+        "metadata": {"total_parameters": parameters, "total_size": sum(sizes.values())},
+        "weight_map": {name: file for file, names in files.items() for name in names},
+    }
+    return (json.dumps(said, indent=2, sort_keys=True) + "\n").encode()
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The folder's config, tokenizer and other small files: all but weights, their index, manifest, hidden files."""
+    return list(_side_files(folder))
+
+
+def _side_files(folder: Path) -> Iterator[Path]:
+    within = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":  # the hub's cache links to its blobs
+        within.append(folder.resolve().parent.parent / "blobs")
+    for path in sorted(folder.iterdir()):
+        named = path.name == MANIFEST or path.name.startswith(".") or path.name.endswith(".index.json")
+        if named or path.suffix in _WEIGHTS or not path.is_file():
+            continue
+        if not any(path.resolve().is_relative_to(root) for root in within):
+            raise UserError(f"{path}: a link to {os.readlink(path)}, outside the folder; put the file itself there")
+        yield path
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy config, tokenizer and other small files of a model folder into ``target``."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in side_files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; expected a Hugging Face model folder") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error

@@ -1,0 +1,49 @@
+"""The shape of every weight, from config.json: what the files must hold, and how fused tensors divide into parts.
+
+Letters: v vocabulary, h hidden, q all query heads, k all key heads, d one head, f feed-forward, e experts,
+m feed-forward of an expert, s of the shared expert.
+"""
+
+from megapatch.models.family import HfConfig, find
+from megapatch.models.rules import CORE, Rule
+
+SHAPES: dict[str, tuple[str, ...]] = {  # core name without its layer -> shape of each Hugging Face part
+    "embedding.word_embeddings.weight": ("v h",),
+    "output_layer.weight": ("v h",),
+    "decoder.final_layernorm.weight": ("h",),
+    "self_attention.linear_qkv.layer_norm_weight": ("h",),
+    "self_attention.linear_qkv.weight": ("q h", "k h", "k h"),
+    "self_attention.linear_qkv.bias": ("q", "k", "k"),
+    "self_attention.linear_proj.weight": ("h q",),
+    "self_attention.q_layernorm.weight": ("d",),
+    "self_attention.k_layernorm.weight": ("d",),
+    "pre_mlp_layernorm.weight": ("h",),
+    "mlp.linear_fc1.layer_norm_weight": ("h",),
+    "mlp.linear_fc1.weight": ("f h", "f h"),
+    "mlp.linear_fc2.weight": ("h f",),
+    "mlp.router.weight": ("e h",),
+    "mlp.experts.experts.{e}.linear_fc1.weight": ("m h", "m h"),
+    "mlp.experts.experts.{e}.linear_fc2.weight": ("h m",),
+}
+
+
+def sizes(hf: HfConfig) -> dict[str, int]:
+    """The letters' values."""
+    core = find(hf).transformer_config(hf)
+    head = core["kv_channels"]
+    return {
+        "v": hf["vocab_size"],
+        "h": core["hidden_size"],
+        "q": core["num_attention_heads"] * head,
+        "k": core["num_query_groups"] * head,
+        "d": head,
+        "f": core["ffn_hidden_size"],
+        "e": core.get("num_moe_experts") or 0,
+        "m": core.get("moe_ffn_hidden_size") or 0,
+        "s": core.get("moe_shared_expert_intermediate_size") or 0,
+    }
+
+
+def part_shapes(rule: Rule, letters: dict[str, int]) -> list[tuple[int, ...]]:
+    """The shape of each Hugging Face part of a rule; ``letters`` from ``sizes``."""
+    return [tuple(letters[letter] for letter in shape.split()) for shape in SHAPES[rule.core.removeprefix(CORE)]]

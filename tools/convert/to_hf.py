@@ -1,0 +1,189 @@
+"""Plan: core checkpoint -> Hugging Face folder. The chunks may be cut along any axes, as any layout saves them."""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from megapatch.models import family, hf_files
+from megapatch.models.cli import UserError
+from megapatch.models.core_files import HF_SUBFOLDER, METADATA, Checkpoint, Chunk, Tensor, hf_config
+from megapatch.models.rules import Placed
+from megapatch.models.shapes import part_shapes, sizes
+from megapatch.models.torch_save import ITEM_BYTES
+from megapatch.tools.convert.plan import DTYPES, Copy, Literal, Plan
+from megapatch.tools.convert.to_core import leading_axes
+
+_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # core may store more rows than the vocabulary
+_STATE = re.compile(r"(?:^|\.)(optimizer|rng_state|rerun_state_machine_state|opt_param_scheduler)(?:\.|/|$)")
+
+
+class Piece(NamedTuple):
+    """``rows`` rows of a core tensor (leading axes indexed by ``lead``) that become rows of a Hugging Face tensor."""
+
+    tensor: Tensor
+    lead: tuple[int, ...]
+    core_row: int
+    hf_row: int
+    rows: int
+
+
+class Weight(NamedTuple):
+    """A Hugging Face tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+
+
+def plan(source: Path, dtype: str, max_shard_bytes: int | None) -> Plan:
+    """The copy list that makes the Hugging Face folder; ``dtype``: keep, bf16, fp16 or fp32."""
+    hf = hf_config(source)
+    made = Plan()
+    with Checkpoint(source) as checkpoint:
+        weights = _weights(hf, checkpoint, made)
+        weights = [w._replace(dtype=DTYPES.get(dtype, w.dtype)) for w in weights]
+        files = _files(source, weights, max_shard_bytes)
+        by_name = {weight.name: weight for weight in weights}
+        for file, names in files.items():
+            described = hf_files.saved_order([by_name[name][:3] for name in names])
+            header, offsets, size = hf_files.header(described)
+            made.files[file] = size
+            made.literals.append(Literal(file, 0, header))
+            for (name, _, _), offset in zip(described, offsets, strict=True):
+                made.copies += _copies(by_name[name], file, offset, checkpoint)
+    if len(files) > 1:
+        index = hf_files.index_json(files, {w.name: _bytes(w) for w in weights}, sum(prod(w.shape) for w in weights))
+        made.files[hf_files.INDEX] = len(index)
+        made.literals.append(Literal(hf_files.INDEX, 0, index))
+    for path in hf_files.side_files(source / HF_SUBFOLDER):
+        made.add_file(path, path.name)
+    return made.finish()
+
+
+def _bytes(weight: Weight) -> int:
+    return prod(weight.shape) * ITEM_BYTES[weight.dtype]
+
+
+def _files(source: Path, weights: Sequence[Weight], max_shard_bytes: int | None) -> dict[str, list[str]]:
+    """The weights of each file: as the model came, or by size."""
+    original = hf_files.index(source / HF_SUBFOLDER) if max_shard_bytes is None else None
+    names = [weight.name for weight in weights]
+    if original is None or set(original) != set(names):
+        return hf_files.shards({w.name: _bytes(w) for w in weights}, max_shard_bytes or 5 * 10**9)
+    order = sorted(names, key=lambda name: original[name])  # stable: in the model's order within a file
+    return {file: list(group) for file, group in itertools.groupby(order, key=lambda name: original[name])}
+
+
+def _weights(hf: family.HfConfig, checkpoint: Checkpoint, made: Plan) -> list[Weight]:
+    placed = family.placed_rules(hf)
+    family.rope(hf)
+    core, letters, used = family.find(hf).transformer_config(hf), sizes(hf), set()
+    weights = []
+    for rule in placed:
+        tensor, stacked = _find(rule, checkpoint)
+        used.add(tensor.key)
+        shapes = part_shapes(rule.rule, letters)
+        axes = leading_axes(rule, stacked, core)
+        _check(rule, tensor, (*(size for _, size in axes), sum(s[0] for s in shapes), *shapes[0][1:]))
+        pieces: list[list[Piece]] = [[] for _ in shapes]
+        at = 0
+        for block in rule.rule.blocks([s[0] for s in shapes], core["num_query_groups"]):
+            lead = tuple(place for place, _ in axes)
+            pieces[block.part].append(Piece(tensor, lead, at, block.start, block.rows))
+            at += block.rows
+        weights += [Weight(n, tensor.dtype, s, p) for n, s, p in zip(rule.hf, shapes, pieces, strict=True)]
+    _account(checkpoint, used, hf, made)
+    return weights
+
+
+def _find(rule: Placed, checkpoint: Checkpoint) -> tuple[Tensor, bool]:
+    """The tensor that holds a weight, and whether layers are an axis of it (both are in use)."""
+    for stacked in (True, False):
+        if rule.key(stacked) in checkpoint.tensors:
+            return checkpoint.tensors[rule.key(stacked)], stacked
+    raise UserError(
+        f"{checkpoint.folder / METADATA}: no {rule.key(True)} and no {rule.key(False)}; "
+        f"{HF_SUBFOLDER}/config.json asks for it: is it the right config.json?"
+    )
+
+
+def _check(rule: Placed, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    found = tensor.shape
+    if rule.rule.core in _PADDED and len(found) == len(expected) and found[0] > expected[0]:
+        found = (expected[0], *found[1:])
+    if found != expected:
+        raise UserError(
+            f"{tensor.key}: shape {list(tensor.shape)} in the checkpoint, {list(expected)} in config.json; "
+            "is this the right config.json?"
+        )
+    if tensor.dtype not in DTYPES.values():
+        raise UserError(f"{tensor.key}: dtype {tensor.dtype} is not supported; supported: {', '.join(DTYPES.values())}")
+
+
+def _account(checkpoint: Checkpoint, used: set[str], hf: family.HfConfig, made: Plan) -> None:
+    """Refuse tensors of the model that have no place in it; name the training state that is left out."""
+    state = {key for key in checkpoint.tensors if _STATE.search(key)}
+    for key in sorted(checkpoint.tensors.keys() - used - state):
+        raise UserError(f"{key}: in the checkpoint, but has no place in a {hf['model_type']} model")
+    left = state | {key for key in checkpoint.objects if "_extra_state" not in key}
+    if left:
+        made.notes.append(f"left out: {len(left)} tensors and objects of training state (such as {min(left)})")
+
+
+def _copies(weight: Weight, file: str, offset: int, checkpoint: Checkpoint) -> Iterator[Copy]:
+    """The ranges that fill ``weight`` at byte ``offset`` of ``file``; exactly once, or a UserError."""
+    filled = 0
+    row_items = prod(weight.shape[1:])
+    for piece in weight.pieces:
+        for chunk in _chunks(piece):
+            for copy in _overlap(piece, chunk, weight, row_items, checkpoint):
+                filled += copy.items * copy.rows
+                yield copy._replace(file=file, offset=offset + copy.offset)
+    if filled != prod(weight.shape):
+        raise UserError(
+            f"{checkpoint.folder / METADATA}: the chunks of {weight.pieces[0].tensor.key} hold {filled} elements "
+            f"of {weight.name}, expected {prod(weight.shape)}; the checkpoint is incomplete"
+        )
+
+
+def _chunks(piece: Piece) -> Iterator[Chunk]:
+    """The chunks that hold ``piece``'s index of the leading axes."""
+    for chunk in piece.tensor.chunks:
+        spans = zip(piece.lead, chunk.offsets, chunk.sizes, strict=False)
+        if all(start <= at < start + size for at, start, size in spans):
+            yield chunk
+
+
+def _overlap(piece: Piece, chunk: Chunk, weight: Weight, width: int, checkpoint: Checkpoint) -> Iterator[Copy]:
+    """The part of ``chunk`` that is in ``piece``; offsets are relative to ``weight``."""
+    depth = len(piece.lead)
+    row, column = (*chunk.offsets[depth:], 0)[:2]
+    rows, columns = (*chunk.sizes[depth:], 1)[:2]
+    first, last = max(row, piece.core_row), min(row + rows, piece.core_row + piece.rows)
+    if first >= last or not columns:
+        return
+    read, write = piece.tensor.dtype, weight.dtype
+    before = 0  # whole rows of the chunk before its part for this index of the leading axes
+    for at, start, size in zip(piece.lead, chunk.offsets, chunk.sizes, strict=False):
+        before = before * size + at - start
+    skip = (before * rows + first - row) * columns
+    start = checkpoint.locate(piece.tensor, chunk) + skip * ITEM_BYTES[read]
+    to = (piece.hf_row + first - piece.core_row) * width + column
+    count, runs = (columns, last - first) if columns != width else ((last - first) * width, 1)
+    yield Copy(
+        weight.name,
+        checkpoint.folder / chunk.file,
+        start,
+        "",
+        to * ITEM_BYTES[write],
+        count,
+        runs,
+        columns * ITEM_BYTES[read],
+        width * ITEM_BYTES[write],
+        read,
+        write,
+    )
