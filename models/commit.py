@@ -194,8 +194,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def verify(folder: Path, *, digests: bool = True) -> bool:
-    """True when ``folder`` is what its manifest says, False when it has none; a difference is a UserError."""
+def verify(folder: Path, *, digests: bool = True, share: tuple[int, int] = (0, 1)) -> bool:
+    """True when ``folder`` is what its manifest says, False when it has none; a difference is a UserError.
+
+    ``share`` = (i, n): of n processes that verify together, this one is number i and digests its share of the files.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         return False
@@ -205,9 +208,10 @@ def verify(folder: Path, *, digests: bool = True) -> bool:
             raise UserError(f"{path}: missing, but listed in {MANIFEST}; the folder is damaged")
         if path.stat().st_size != said["bytes"]:
             raise UserError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {said['bytes']}; it is damaged")
+    mine = dict(list(files.items())[share[0] :: share[1]])
     if digests:
         with ThreadPoolExecutor(_THREADS) as pool:
-            for (path, said), found in zip(files.items(), pool.map(digest, files), strict=True):
+            for (path, said), found in zip(mine.items(), pool.map(digest, mine), strict=True):
                 if found != said["xxh3_128"]:
                     raise UserError(f"{path}: content differs from {MANIFEST}; it is damaged")
     return True

@@ -70,12 +70,10 @@ class Device:
         }
 
     def generator_state(self) -> dict[str, Any]:
-        """States of every random number generator of this process, to be saved."""
+        """States of the random number generators that training draws from, to be saved."""
         from megatron.core import tensor_parallel
 
         return {
-            "random": random.getstate(),
-            "numpy": numpy.random.get_state(),
             "torch": torch.get_rng_state(),
             "device": torch.cuda.get_rng_state(),
             "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
@@ -85,8 +83,6 @@ class Device:
         """Restore what ``generator_state`` gave."""
         from megatron.core import tensor_parallel
 
-        random.setstate(state["random"])
-        numpy.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
         torch.cuda.set_rng_state(state["device"])
         tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

@@ -1,6 +1,6 @@
-"""Weights of a Hugging Face folder straight into a model, at any layout: each process reads only its own slices.
+"""Weights into a model, at any layout: from a core checkpoint, or straight from a Hugging Face folder.
 
-megatron-core's own sharding metadata says which part of which tensor a process holds; the weight rules say which rows
+Of a Hugging Face folder each process reads only its own slices. megatron-core's own sharding metadata says which part of which tensor a process holds; the weight rules say which rows
 of which Hugging Face tensors those are. No rule about tensor parallelism is written down twice.
 """
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from safetensors import SafetensorError, safe_open
 
+from megapatch.models import core_files
 from megapatch.models.cli import UserError
 from megapatch.models.family import HfConfig, find, placed_rules, stacked_layers
 from megapatch.models.rules import Placed
@@ -104,13 +106,42 @@ def sharded_tensors(model: torch.nn.Module) -> Iterator[ShardedTensor]:
     yield from (value for value in nested_values(state) if isinstance(value, ShardedTensor))
 
 
+def hf_folder(model: Path) -> Path:
+    """Where config.json and the tokenizer of ``model`` lie: itself, or inside the core checkpoint that it means."""
+    return core_files.resolve(model) / core_files.HF_SUBFOLDER if core_files.is_core(model) else model
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], model: Path, hf: HfConfig) -> None:
+    """Fill this process's part of a model from a core checkpoint or a Hugging Face folder (UserError: no fit)."""
+    if core_files.is_core(model):
+        load_core(chunks, core_files.resolve(model))
+    else:
+        load_hf(chunks, model, hf)
+
+
+def load_core(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+    """Fill this process's part of a model from a torch_dist checkpoint folder; every rank must call."""
+    core_files.load_metadata_safely(folder)
+    models = {f"model{i}": unwrapped(chunk) for i, chunk in enumerate(chunks)}
+    state = {name: model.sharded_state_dict() for name, model in models.items()}
+    loaded = dist_checkpointing.load(state, str(folder))
+    for name, model in models.items():
+        model.load_state_dict(loaded[name])
+
+
+def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside the wrappers for bf16 and data parallelism."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
 @torch.no_grad()
 def load_hf(chunks: Iterable[torch.nn.Module], folder: Path, hf: HfConfig) -> None:
     """Fill this process's part of a model from a Hugging Face folder (UserError when they do not fit)."""
     weights = HfWeights(folder, hf)
     for chunk in chunks:
-        model = chunk.module if hasattr(chunk, "module") else chunk
-        for tensor in sharded_tensors(model):
+        for tensor in sharded_tensors(unwrapped(chunk)):
             _fill(tensor, weights)
 
 

@@ -1,0 +1,137 @@
+"""The training loop: step, log, evaluate, save; notices signals and numbers that are not finite."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megapatch.models.cli import UserError
+from megapatch.trainer import checkpoint, signals
+from megapatch.trainer.metrics import Log
+from megapatch.trainer.session import Session
+from megapatch.trainer.step import Batches, StepResult, evaluate, train_step
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Runs a session to its last step."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        records: Log,
+        source: checkpoint.Source,
+        num_micro_batches: int,
+        flops_per_token: float,
+        train: Callable[[int], Batches],
+        valid: Callable[[int], Batches],
+        eval_steps: int,
+    ) -> None:
+        """``train`` and ``valid`` give the micro-batches of the global batch that starts at a sample, or a number."""
+        self.session, self.records, self.source = session, records, source
+        self.count, self.flops_per_token = num_micro_batches, flops_per_token
+        self.train, self.valid, self.eval_steps = train, valid, eval_steps
+        self.bad_steps = 0
+        self.saved_step = session.step
+
+    def run(self) -> None:
+        """Train until --train-iters, or until a signal asks to stop; the state is saved at the end."""
+        options, session = self.session.options, self.session
+        reason = "done"
+        while session.step < options.train_iters:
+            self._one_step()
+            if options.eval_interval and session.step % options.eval_interval == 0:
+                self.evaluate()
+            if options.save_interval and session.step % options.save_interval == 0:
+                self.save()
+            if signal := self._signal():
+                reason = f"signal {signal}"
+                log.warning("signal %d: saving at step %d and leaving", signal, session.step)
+                break
+        self.save()
+        self.records.write("end", step=session.step, reason=reason, consumed_samples=session.consumed_samples)
+
+    def _one_step(self) -> None:
+        session = self.session
+        start = time.perf_counter()
+        lr = session.optimizer.param_groups[0]["lr"]
+        result = train_step(session, self.train(session.consumed_samples), self.count)
+        session.device.synchronize()
+        seconds = time.perf_counter() - start
+        session.step += 1
+        session.consumed_samples += session.options.global_batch_size
+        self._record(result, seconds, lr)
+        if result.grad_norm is None:
+            self._bad_step(result)
+        else:
+            self.bad_steps = 0
+
+    def _bad_step(self, result: StepResult) -> None:
+        self.bad_steps += 1
+        what = "gradient" if math.isfinite(result.loss) else "loss"
+        last = self.session.consumed_samples
+        first = last - self.session.options.global_batch_size
+        message = f"step {self.session.step}: the {what} is not finite (samples {first} to {last - 1})"
+        if self.bad_steps > self.session.options.max_bad_steps:
+            raise UserError(
+                f"{message}; {self.bad_steps} such steps in a row, giving up; the last good checkpoint is step "
+                f"{self.saved_step}; lower --lr, or look at the data"
+            )
+        log.warning("%s: step skipped", message)
+
+    def _record(self, result: StepResult, seconds: float, lr: float) -> None:
+        session = self.session
+        tokens_per_s = result.tokens / seconds
+        fields: dict[str, Any] = {
+            "step": session.step,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "step_s": seconds,
+            "tokens_per_s": tokens_per_s,
+            "tflops": tokens_per_s * self.flops_per_token / 1e12,
+            "consumed_samples": session.consumed_samples,
+            "peak_memory_bytes": session.device.peak_memory_bytes(),
+            **result.extra,
+        }
+        self.records.write("train", **fields)
+        if session.step % session.options.log_interval == 0 or session.step == session.options.train_iters:
+            self._talk(fields)
+
+    def _talk(self, fields: dict[str, Any]) -> None:
+        total = self.session.options.train_iters
+        left = (total - fields["step"]) * fields["step_s"]
+        norm = "-" if fields["grad_norm"] is None else f"{fields['grad_norm']:.3f}"
+        log.info(
+            f"step {fields['step']}/{total}  loss {fields['loss']:.4f}  lr {fields['lr']:.3g}  norm {norm}  "
+            f"{fields['tokens_per_s']:,.0f} tokens/s  {fields['tflops']:.3g} TFLOP/s  "
+            f"left {int(left // 3600)}:{int(left // 60 % 60):02d}:{int(left % 60):02d}"
+        )
+
+    def evaluate(self) -> None:
+        """Log the mean loss of the first global batches of the validation split."""
+        if self.eval_steps:
+            loss = evaluate(self.session, self.valid, self.eval_steps, self.count)
+            self.records.write("eval", step=self.session.step, loss=loss, split="valid")
+            log.info(f"step {self.session.step}  validation loss {loss:.4f}")
+
+    def save(self) -> None:
+        """Save, unless this step is saved already."""
+        if self.saved_step == self.session.step:
+            return
+        start = time.perf_counter()
+        folder = checkpoint.save(self.session, self.source)
+        self.saved_step = self.session.step
+        self.records.write("save", step=self.session.step, seconds=time.perf_counter() - start, folder=str(folder))
+        log.info("saved %s", folder)
+
+    def _signal(self) -> int:
+        """The signal that any rank has received, agreed by all; 0 for none."""
+        asked = torch.tensor([signals.asked()], device=self.session.device.torch)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return int(asked.item())

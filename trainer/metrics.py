@@ -1,0 +1,125 @@
+"""How much work a step is, and where the numbers go: JSON lines always, TensorBoard and W&B when asked."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron.core.transformer import TransformerConfig
+
+from megapatch.models.cli import UserError
+
+
+def flops_per_token(config: TransformerConfig, vocab_size: int, seq_length: int, moe_layers: int) -> float:
+    """Model FLOPs per trained token: forward and backward (3x), matrix products only, causal attention counted half.
+
+    Counts what the model needs, not what is recomputed. A multiply-add is 2 FLOPs.
+    """
+    h, d = config.hidden_size, config.kv_channels
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    projections = h * d * (heads + 2 * groups) + heads * d * h
+    scores = heads * d * seq_length  # q k^T and scores v, each s/2 keys on average
+    dense = 3 * h * config.ffn_hidden_size
+    experts = h * (config.num_moe_experts or 0) + 3 * h * (config.moe_ffn_hidden_size or 0) * config.moe_router_topk
+    layers = (
+        config.num_layers * (projections + scores) + (config.num_layers - moe_layers) * dense + moe_layers * experts
+    )
+    return 3 * 2 * (layers + h * vocab_size)
+
+
+class Sink(Protocol):
+    """Somewhere that log records go."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record."""
+
+    def close(self) -> None:
+        """No more records."""
+
+
+class JsonLines:
+    """Appends one JSON object per record, whole lines only; NaN is written as null."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(path)
+        self.file = path.open("a", buffering=1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(finite) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what a killed run left of its last line."""
+    if path.exists():
+        whole = path.read_bytes()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):
+            with path.open("r+b") as file:
+                file.truncate(end)
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, by step."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--tensorboard needs TensorBoard: pip install 'megapatch[tb]'") from error
+        self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for name, value in _scalars(record).items():
+            self.writer.add_scalar(f"{record['event']}/{name}", value, record["step"])  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self.writer.close()  # type: ignore[no-untyped-call]
+
+
+class WeightsAndBiases:
+    """Scalars for Weights & Biases, by step."""
+
+    def __init__(self, project: str, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb needs Weights & Biases: pip install 'megapatch[wandb]'") from error
+        self.run = wandb.init(project=project, config=dict(config))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        scalars = {f"{record['event']}/{name}": value for name, value in _scalars(record).items()}
+        if scalars:
+            self.run.log(scalars, step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    if record.get("event") not in ("train", "eval"):
+        return {}
+    return {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "ts")}
+
+
+class Log:
+    """Sends records to every sink, with the time added; on ranks that do not log there are no sinks."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self.sinks = sinks
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Record one event: start, train, eval, save, resume or end."""
+        for sink in self.sinks:
+            sink.write({"event": event, "ts": time.time(), **fields})
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self.sinks:
+            sink.close()

@@ -1,0 +1,116 @@
+"""Options of mp-pretrain. Sizes of the model come from config.json, never from a flag."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+from megapatch.models.cli import opt
+from megapatch.models.parallel import Parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Parallel):
+    """What every kind of training shares."""
+
+    save: Path = opt("folder for checkpoints and the log; training resumes from the newest checkpoint found in it")
+    model: Optional[Path] = opt("start from these weights: a Hugging Face folder or a core checkpoint", None)
+    init_from: Optional[Path] = opt(
+        "start from random weights for this config.json (or the folder that holds it)", None
+    )
+    tokenizer: Optional[Path] = opt("tokenizer folder, where --model or --init-from brings none", None)
+    device: Literal["auto", "cpu", "gpu"] = opt("what to compute on", "auto")
+    precision: Literal["fp32", "bf16"] = opt(
+        "of weights and activations; bf16 keeps fp32 masters and gradients", "fp32"
+    )
+    seed: int = opt("of weights, data order and dropout", 1234)
+
+    seq_length: int = opt("tokens per sample", 1024)
+    micro_batch_size: int = opt("samples per forward pass of one data-parallel rank", 1)
+    global_batch_size: int = opt("samples per optimizer step, over all ranks and accumulated passes", 8)
+    train_iters: int = opt("optimizer steps in all", flags=["--train-iters", "--steps"])
+
+    lr: float = opt("highest learning rate", 3e-4)
+    min_lr: float = opt("lowest learning rate after decay", 0.0)
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = opt(
+        "decay of the learning rate after warm-up", "cosine"
+    )
+    lr_warmup_iters: int = opt("steps of linear warm-up", 0)
+    lr_decay_iters: Optional[int] = opt("step at which --min-lr is reached, if not --train-iters", None)
+    lr_wsd_decay_iters: Optional[int] = opt("for --lr-schedule wsd: steps of decay at the end", None)
+    weight_decay: float = opt("decoupled weight decay; norms and biases have none", 0.1)
+    adam_beta1: float = opt("decay of the gradient's running mean", 0.9)
+    adam_beta2: float = opt("decay of the gradient's running square", 0.95)
+    adam_eps: float = opt("added to the root of the running square", 1e-8)
+    clip_grad: float = opt("largest gradient norm; 0 switches clipping off", 1.0)
+
+    recompute: Literal["none", "selective", "full"] = opt(
+        "activations to compute again in the backward pass: selective: attention; full: whole layers", "none"
+    )
+    recompute_layers: int = opt("for --recompute full: layers per recomputed unit", 1)
+    use_distributed_optimizer: bool = opt("cut optimizer state over data-parallel ranks", False)
+    overlap_grad_reduce: bool = opt("reduce gradients while the backward pass runs", False)
+    overlap_param_gather: bool = opt("gather parameters while the forward pass runs", False)
+
+    save_interval: int = opt("steps between checkpoints; 0: only at the end", 0)
+    keep: int = opt("newest checkpoints to keep; 0 keeps all", 0)
+    eval_interval: int = opt("steps between evaluations on the validation split; 0: none", 0)
+    eval_iters: int = opt("global batches per evaluation", 4)
+    log: Optional[Path] = opt("JSON-lines log, if not SAVE/log.jsonl", None)
+    log_interval: int = opt("steps between lines on stderr; the log has every step", 1)
+    tensorboard: Optional[Path] = opt("folder for TensorBoard (needs the extra 'tb')", None)
+    wandb: Optional[str] = opt("Weights & Biases project (needs the extra 'wandb')", None)
+    max_bad_steps: int = opt("steps with a loss or gradient that is not finite to skip before giving up", 3)
+    timeout_s: float = opt("seconds to wait for another rank before giving up", 1800.0)
+    dry_run: bool = opt("print the resolved configuration as JSON and stop", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.model is None) == (self.init_from is None):
+            raise ValueError(
+                "give one of --model (weights to start from) and --init-from (config.json for random ones)"
+            )
+        for flag in (
+            "seq_length",
+            "micro_batch_size",
+            "global_batch_size",
+            "train_iters",
+            "log_interval",
+            "eval_iters",
+        ):
+            if getattr(self, flag) < 1:
+                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: must be at least 1")
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+        if self.lr_schedule == "wsd" and not self.lr_wsd_decay_iters:
+            raise ValueError("--lr-schedule wsd needs --lr-wsd-decay-iters")
+        if self.lr_wsd_decay_iters and self.lr_schedule != "wsd":
+            raise ValueError("--lr-wsd-decay-iters needs --lr-schedule wsd")
+        if self.lr_warmup_iters >= (self.lr_decay_iters or self.train_iters):
+            raise ValueError("--lr-warmup-iters must be below --lr-decay-iters (or --train-iters)")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"--min-lr {self.min_lr}: must be between 0 and --lr {self.lr}")
+        if self.cp > 1 and self.seq_length % (2 * self.cp):
+            raise ValueError(f"--seq-length {self.seq_length}: must be divisible by 2 x --cp = {2 * self.cp}")
+        if self.sequence_parallel and self.seq_length // self.cp % self.tp:
+            raise ValueError(
+                f"--seq-length {self.seq_length}: must be divisible by --cp x --tp with --sequence-parallel"
+            )
+
+    @property
+    def log_path(self) -> Path:
+        """Where the JSON-lines log goes."""
+        return self.log or self.save / "log.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(TrainOptions):
+    """Train a language model on .bin/.idx data with megatron-core, on a CPU or on GPUs; run it under torchrun for more
+    than one process. It resumes by itself from --save, to the bit where the layout is the same."""
+
+    data_path: list[str] = opt(
+        "prefixes of .bin/.idx pairs, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...", nargs="+", metavar="PREFIX"
+    )
+    split: str = opt("shares of the data for training, validation, test", "98,2,0")
+    data_cache_path: Optional[Path] = opt("folder for data indices, if not SAVE/data-cache", None)
+    eod_mask_loss: bool = opt("no loss on end-of-document tokens", False)
+    reset_position_ids: bool = opt("positions start again after an end-of-document token", False)

@@ -1,0 +1,153 @@
+"""Everything that a training run holds: model, optimizer, schedule, on this process's part of the layout."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+
+from megapatch.models import parallel
+from megapatch.models.build import DTYPES, ModelOptions, build
+from megapatch.models.cli import UserError
+from megapatch.models.device import Device, seed_everything
+from megapatch.models.family import HfConfig
+from megapatch.models.load import load_weights
+from megapatch.trainer.options import TrainOptions
+
+log = logging.getLogger(__name__)
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}  # ours: megatron-core's
+
+
+@dataclass
+class Session:
+    """One run's state. ``chunks`` are this stage's model chunks, wrapped for data parallelism."""
+
+    options: TrainOptions
+    device: Device
+    hf: HfConfig
+    config: TransformerConfig
+    chunks: list[DistributedDataParallel]
+    optimizer: Any
+    schedule: OptimizerParamScheduler
+    step: int = 0  # optimizer steps done
+    consumed_samples: int = 0
+
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """The chunks without the wrapper for data parallelism."""
+        return [chunk.module for chunk in self.chunks]
+
+    def parameter_count(self) -> int:
+        """Parameters of the whole model, counted once each (every rank must call)."""
+        owned = sum(p.numel() for m in self.models for p in m.parameters() if _counts_here(p))
+        total = torch.tensor([float(owned)], device=self.device.torch)
+        torch.distributed.all_reduce(total)
+        return round(total.item())
+
+
+def _counts_here(parameter: torch.nn.Parameter) -> bool:
+    """True on exactly one of the ranks that hold a copy of this parameter or of this slice of it."""
+    if getattr(parameter, "shared", False):  # the last stage's copy of a tied embedding
+        return False
+    if not getattr(parameter, "allreduce", True):  # an expert's
+        return parallel_state.get_expert_data_parallel_rank() == 0
+    copies = [parallel_state.get_data_parallel_rank(with_context_parallel=True)]
+    if not getattr(parameter, "tensor_model_parallel", False):
+        copies.append(parallel_state.get_tensor_model_parallel_rank())
+    return not any(copies)
+
+
+def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) -> Session:
+    """Join the process groups and build the run; with ``load``, with the weights of --model."""
+    parallel.start(options, device, timeout_s=options.timeout_s)
+    seed_everything(options.seed, parallel_state.get_pipeline_model_parallel_rank())
+    models = build(hf, ModelOptions(options, device, options.precision, options.seq_length, _overrides(options)))
+    if load and options.model is not None:
+        load_weights(models, options.model, hf)
+    config: TransformerConfig = models[0].config
+    chunks = [_wrap(options, config, model, first=i == 0) for i, model in enumerate(models)]
+    optimizer = get_megatron_optimizer(
+        optimizer_config(options), chunks, get_standard_config_overrides(optimizer_config(options))
+    )
+    _connect(config, chunks, optimizer, options)
+    return Session(options, device, hf, config, chunks, optimizer, _schedule(options, optimizer))
+
+
+def _overrides(options: TrainOptions) -> dict[str, Any]:
+    """TransformerConfig fields that training sets."""
+    fields: dict[str, Any] = {"calculate_per_token_loss": True}  # the loss does not depend on how a batch is cut
+    if options.recompute == "full":
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform"}
+        fields["recompute_num_layers"] = options.recompute_layers
+    elif options.recompute == "selective":
+        fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return fields
+
+
+def optimizer_config(options: TrainOptions) -> OptimizerConfig:
+    """megatron-core's optimizer settings."""
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=options.precision == "bf16",
+        params_dtype=DTYPES[options.precision],
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=options.overlap_param_gather,
+    )
+
+
+def _wrap(
+    options: TrainOptions, config: TransformerConfig, model: torch.nn.Module, first: bool
+) -> DistributedDataParallel:
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+    )
+    return DistributedDataParallel(config, ddp, model, disable_bucketing=not first)
+
+
+def _connect(config: TransformerConfig, chunks: list[Any], optimizer: Any, options: TrainOptions) -> None:
+    """Tell megatron-core's schedules how gradients are scaled and reduced."""
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if options.overlap_grad_reduce:
+        hooks = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+
+
+def _schedule(options: TrainOptions, optimizer: Any) -> OptimizerParamScheduler:
+    """Learning rate by samples seen, so that it does not depend on the layout."""
+    batch = options.global_batch_size
+    decay = options.lr_decay_iters or options.train_iters
+    if options.lr_wsd_decay_iters and options.lr_wsd_decay_iters > decay - options.lr_warmup_iters:
+        raise UserError(f"--lr-wsd-decay-iters {options.lr_wsd_decay_iters}: longer than the steps after warm-up")
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.lr_warmup_iters * batch,
+        lr_decay_steps=decay * batch,
+        lr_decay_style=SCHEDULES[options.lr_schedule],
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=options.train_iters * batch,
+        wd_incr_style="constant",
+        wsd_decay_steps=(options.lr_wsd_decay_iters or 0) * batch,
+        lr_wsd_decay_style="cosine",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,120 @@
+"""One optimizer step: forward and backward over the micro-batches, gradients checked, parameters updated."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
+from torch import Tensor
+
+from megapatch.trainer.session import Session
+
+Batches = Callable[[], Iterator[dict[str, Tensor]]]  # a fresh iterator over this rank's micro-batches
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a step, the same on every rank. ``grad_norm`` is before clipping; None: parameters not updated."""
+
+    loss: float
+    grad_norm: float | None
+    tokens: int
+    extra: dict[str, float]
+
+
+def _loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token losses [b, s] and their mask -> sum of losses, number of tokens (int32), both for the log [2]."""
+    total = (output.float() * loss_mask).sum()
+    tokens = loss_mask.sum()
+    return total, tokens.to(torch.int), torch.stack([total.detach(), tokens])
+
+
+def forward(batches: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    """megatron-core's forward step: the model's token losses, and the function that reduces them."""
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def run_batches(session: Session, batches: Batches, count: int, *, train: bool) -> tuple[float, int]:
+    """Run ``count`` micro-batches, with gradients if ``train``; mean loss per token and tokens of the global batch."""
+    parts = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[batches() for _ in session.chunks] if len(session.chunks) > 1 else batches(),
+        model=session.chunks,
+        num_microbatches=count,
+        seq_length=session.options.seq_length,
+        micro_batch_size=session.options.micro_batch_size,
+        forward_only=not train,
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=session.device.torch)
+    if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+        sums += torch.stack(parts).double().sum(0)
+    torch.distributed.all_reduce(sums)
+    total, tokens = sums.tolist()
+    return total / max(tokens, 1), round(tokens)
+
+
+def train_step(session: Session, batches: Batches, count: int) -> StepResult:
+    """One optimizer step; where the loss or a gradient is not finite, parameters stay and ``grad_norm`` is None."""
+    for chunk in session.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    session.optimizer.zero_grad()
+    loss, tokens = run_batches(session, batches, count, train=True)
+    norm = update(session) if math.isfinite(loss) else None
+    return StepResult(loss, norm, tokens, _mixture_losses(session, count))
+
+
+def update(session: Session) -> float | None:
+    """Clip and step; the gradient norm before clipping, or None where it is not finite and nothing was changed."""
+    optimizer = session.optimizer
+    if optimizer.prepare_grads() or not math.isfinite(float(optimizer.get_grad_norm())):
+        return None
+    updated, norm, _ = optimizer.step()
+    assert updated, "megatron-core refused a step whose gradients are finite"
+    session.schedule.step(increment=session.options.global_batch_size)
+    return float(norm)
+
+
+def _mixture_losses(session: Session, count: int) -> dict[str, float]:
+    """Load-balancing losses of a mixture of experts, averaged over layers and micro-batches; empty for a dense one."""
+    config = session.config
+    if config.num_moe_experts is None:
+        return {}
+    totals: dict[str, Tensor] = {}
+    track_moe_metrics(
+        1 / count,
+        session.step,
+        total_loss_dict=totals,
+        force_initialize=True,
+        track_names=["load_balancing_loss"],
+        num_layers=config.num_layers,
+        moe_layer_freq=config.moe_layer_freq,
+    )
+    clear_aux_losses_tracker()
+    return {name: float(value) for name, value in totals.items()}
+
+
+@torch.no_grad()
+def evaluate(session: Session, batches: Callable[[int], Batches], steps: int, count: int) -> float:
+    """Mean loss per token over ``steps`` global batches, without dropout; parameters and gradients stay."""
+    gathering = session.options.overlap_param_gather
+    for chunk in session.chunks:
+        if gathering:
+            chunk.disable_forward_pre_hook()
+        chunk.eval()
+    total, tokens = 0.0, 0
+    for step in range(steps):
+        loss, n = run_batches(session, batches(step), count, train=False)
+        total, tokens = total + loss * n, tokens + n
+    for chunk in session.chunks:
+        chunk.train()
+        if gathering:
+            chunk.enable_forward_pre_hook()
+    return total / max(tokens, 1)
