@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megapatch.models.layers.attention import SdpaAttention
+from megapatch.models.layers.kv_cache import CachedSelfAttention
 from megapatch.models.layers.norm import RMSNorm
 
 ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -32,6 +33,9 @@ def block_spec(
         from megatron.core.extensions.transformer_engine import TENorm
 
         layers, norm = get_gpt_decoder_layer_specs(config, use_transformer_engine=True), TENorm
+        for layer in layers:
+            if layer.submodules.self_attention.module is SelfAttention:
+                layer.submodules.self_attention.module = CachedSelfAttention
     else:
         layers, norm = [layer_spec(config, moe) for moe in mixture_layers(config)], RMSNorm
     start = get_transformer_layer_offset(config, vp_stage=vp_stage)
@@ -66,7 +70,7 @@ def layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=CachedSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
