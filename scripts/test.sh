@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Runs the tests: all but the slow and the GPU ones, or with --all the slow ones too (GPU tests where there is a GPU).
+# Further arguments go to pytest: scripts/test.sh tests/test_cli.py -k help
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/env.sh
+use_env
+
+marks="not slow and not gpu"
+if [ "${1:-}" = --all ]; then
+    marks=""
+    shift
+fi
+if ! python -c 'import pytest, pytest_timeout, hypothesis' 2>/dev/null; then
+    echo "test.sh: the active environment lacks the test tools: pip install -c constraints/cpu.txt -e '.[dev]'" >&2
+    exit 1
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec python -m pytest -q -m "$marks" "$@"
