@@ -45,7 +45,7 @@ def read_tracker(root: Path) -> str | int | None:
 def write_tracker(root: Path, step: str | int) -> None:
     """Make ``root`` name its newest checkpoint; the old tracker stays until the new one is durable."""
     with staged_file(root / TRACKER) as stage:
-        stage.write_text(f"{step}\n" if isinstance(step, str) else str(step))
+        stage.write_text(str(step))
 
 
 def is_core(path: Path) -> bool:

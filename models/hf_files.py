@@ -4,7 +4,6 @@ Imports no torch. Tensors are named by torch's dtypes; ``offset`` is a byte offs
 """
 
 import json
-import logging
 import os
 import shutil
 import struct
@@ -38,7 +37,7 @@ SAFETENSORS_DTYPES = {
 }
 _HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".distcp"}
-log = logging.getLogger(__name__)
+_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,11 @@ class Tensor:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def config(folder: Path) -> dict[str, Any]:
+def config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     """config.json of a Hugging Face folder."""
-    found = _json(folder / CONFIG)
+    found = _json(folder / name)
     if not isinstance(found, dict):
-        raise UserError(f"{folder / CONFIG}: a JSON {type(found).__name__}; expected an object")
+        raise UserError(f"{folder / name}: a JSON {type(found).__name__}; expected an object")
     return found
 
 
@@ -208,16 +207,16 @@ def index_json(files: Mapping[str, Sequence[str]], sizes: Mapping[str, int], par
     return (json.dumps(said, indent=2, sort_keys=True) + "\n").encode()
 
 
-def side_files(folder: Path) -> list[Path]:
-    """The folder's config, tokenizer and other small files: all but weights, their index, manifest, hidden files."""
-    return list(_side_files(folder))
+def side_files(folder: Path) -> dict[str, Path]:
+    """Name -> path of config, tokenizer and the like: all but weights, their index, manifest and hidden files."""
+    return {path.relative_to(folder).as_posix(): path for path in _side_files(folder)}
 
 
 def _side_files(folder: Path) -> Iterator[Path]:
     within = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":  # the hub's cache links to its blobs
         within.append(folder.resolve().parent.parent / "blobs")
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*.jinja")]):
         named = path.name == MANIFEST or path.name.startswith(".") or path.name.endswith(".index.json")
         if named or path.suffix in _WEIGHTS or not path.is_file():
             continue
@@ -229,8 +228,9 @@ def _side_files(folder: Path) -> Iterator[Path]:
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy config, tokenizer and other small files of a model folder into ``target``."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in side_files(source):
-        shutil.copyfile(path, target / path.name)
+    for name, path in side_files(source).items():
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / name)
 
 
 def _json(path: Path) -> Any:

@@ -4,7 +4,10 @@ Letters: v vocabulary, h hidden, q all query heads, k all key heads, d one head,
 m feed-forward of an expert, s of the shared expert.
 """
 
-from megapatch.models.family import HfConfig, find
+from math import prod
+
+from megapatch.models.cli import UserError
+from megapatch.models.family import HfConfig, find, placed_rules
 from megapatch.models.rules import CORE, Rule
 
 SHAPES: dict[str, tuple[str, ...]] = {  # core name without its layer -> shape of each Hugging Face part
@@ -30,18 +33,26 @@ SHAPES: dict[str, tuple[str, ...]] = {  # core name without its layer -> shape o
 def sizes(hf: HfConfig) -> dict[str, int]:
     """The letters' values."""
     core = find(hf).transformer_config(hf)
-    head = core["kv_channels"]
+    head, heads, groups = core["kv_channels"], core["num_attention_heads"], core["num_query_groups"]
+    if heads % groups:
+        raise UserError(f"config.json: {heads} attention heads do not divide into {groups} groups (key-value heads)")
     return {
         "v": hf["vocab_size"],
         "h": core["hidden_size"],
-        "q": core["num_attention_heads"] * head,
-        "k": core["num_query_groups"] * head,
+        "q": heads * head,
+        "k": groups * head,
         "d": head,
         "f": core["ffn_hidden_size"],
         "e": core.get("num_moe_experts") or 0,
         "m": core.get("moe_ffn_hidden_size") or 0,
         "s": core.get("moe_shared_expert_intermediate_size") or 0,
     }
+
+
+def num_parameters(hf: HfConfig) -> int:
+    """How many weights the model has."""
+    letters = sizes(hf)
+    return sum(prod(shape) for placed in placed_rules(hf) for shape in part_shapes(placed.rule, letters))
 
 
 def part_shapes(rule: Rule, letters: dict[str, int]) -> list[tuple[int, ...]]:

@@ -104,7 +104,7 @@ def pieces(copy: Copy) -> Iterator[Copy]:
 
 
 def execute(plan: Plan, folder: Path, jobs: int, tell: Callable[[int], Any], kernel: bool = True) -> None:
-    """Write the plan's files into ``folder`` and make them durable; ``tell`` hears of bytes written."""
+    """Write the plan's files into ``folder``; ``tell`` hears of bytes written."""
     engine = Engine(kernel)
     for name in plan.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,6 @@ def execute(plan: Plan, folder: Path, jobs: int, tell: Callable[[int], Any], ker
             try:
                 for future in todo:
                     tell(future.result())
-                list(pool.map(os.fsync, targets.values()))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

@@ -34,8 +34,8 @@ def plan(source: Path, dtype: str) -> Plan:
         writer.object(key)
     made.literals += [Literal(*part) for part in writer.rest(_common(hf))]
     made.files |= writer.sizes
-    for path in hf_files.side_files(source):
-        made.add_file(path, f"{HF_SUBFOLDER}/{path.name}")
+    for name, path in hf_files.side_files(source).items():
+        made.add_file(path, f"{HF_SUBFOLDER}/{name}")
     if (source / hf_files.INDEX).is_file():  # so that the way back gives the same files
         made.add_file(source / hf_files.INDEX, f"{HF_SUBFOLDER}/{hf_files.INDEX}")
     return made.finish()

@@ -59,8 +59,8 @@ def plan(source: Path, dtype: str, max_shard_bytes: int | None) -> Plan:
         index = hf_files.index_json(files, {w.name: _bytes(w) for w in weights}, sum(prod(w.shape) for w in weights))
         made.files[hf_files.INDEX] = len(index)
         made.literals.append(Literal(hf_files.INDEX, 0, index))
-    for path in hf_files.side_files(source / HF_SUBFOLDER):
-        made.add_file(path, path.name)
+    for name, path in hf_files.side_files(source / HF_SUBFOLDER).items():
+        made.add_file(path, name)
     return made.finish()
 
 
