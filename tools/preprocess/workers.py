@@ -21,6 +21,7 @@ from megapatch.models.cli import UserError
 from megapatch.tools.preprocess.inputs import Chunk
 
 R = TypeVar("R")
+_ENDS = (signal.SIGINT, signal.SIGTERM)
 Work = Callable[[Chunk], tuple[np.ndarray, R]]
 
 
@@ -41,7 +42,8 @@ def in_order(
     crew: list[_Worker] = []
     try:
         for chunk in chunks:
-            crew.append(_Worker(work, descriptor, crew))
+            with _undisturbed():
+                crew.append(_Worker(work, descriptor, crew))
             crew[-1].give(len(crew) - 1, chunk)
             if len(crew) == num_workers:
                 break
@@ -133,6 +135,7 @@ class _Worker:
 def _serve(connection: Connection, inherited: list[Connection], work: Work[Any], descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
     for other in inherited:
         other.close()  # else this process would keep them open, and a dead parent would not be noticed
     try:
@@ -153,6 +156,16 @@ def _write_all(descriptor: int, array: np.ndarray, offset: int) -> None:
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back: Python drops an exception raised while it forks, and the run would go on."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
 
 
 @contextmanager

@@ -1,0 +1,167 @@
+"""mp-preprocess: megatron-core's own bytes, whatever the number of workers and the kind of input."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from preprocess_data import DOCUMENTS, make_tokenizer, outputs, run, write_jsonl
+
+from megapatch.models.indexed_data import IndexedDocuments
+from megapatch.models.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("preprocess"))
+
+
+@pytest.fixture
+def large_tok(tok: Path, tmp_path: Path) -> Path:
+    """A tokenizer with an id above 65,500, which needs int32."""
+    copied = tmp_path / "large"
+    copied.mkdir()
+    for path in tok.iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    content = json.loads((copied / "tokenizer.json").read_text())
+    content["model"]["vocab"]["zzz"] = 65_500
+    (copied / "tokenizer.json").write_text(json.dumps(content))
+    return copied
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+@pytest.mark.parametrize("vocabulary", ["tok", "large_tok"])
+def test_files_are_those_of_megatron_cores_builder(
+    request: pytest.FixtureRequest, tmp_path: Path, vocabulary: str, append_eod: bool
+) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+    folder = request.getfixturevalue(vocabulary)
+    tokenizer = Tokenizer(folder)
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    assert dtype == {"tok": np.uint16, "large_tok": np.int32}[vocabulary]
+    builder = IndexedDatasetBuilder(str(tmp_path / "core.bin"), dtype=dtype)
+    expected = [tokenizer.encode(text) + [tokenizer.eod_id] * append_eod for text in DOCUMENTS if text]
+    for ids in expected:
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(tmp_path / "core.idx"))
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    assert run(folder, tmp_path / "ours", source, more=("--append-eod",) if append_eod else ()) == 0
+    assert outputs(tmp_path / "ours") == outputs(tmp_path / "core")
+    dataset = IndexedDataset(str(tmp_path / "ours"))
+    assert [dataset[i].tolist() for i in range(len(dataset))] == expected
+
+
+def test_core_trains_on_the_files(tok: Path, tmp_path: Path) -> None:
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    source = write_jsonl(tmp_path / "a.jsonl", [f"document {i} of many words" for i in range(200)])
+    assert run(tok, tmp_path / "data", source, more=("--append-eod",)) == 0
+    tokenizer = SimpleNamespace(unique_identifiers={"name": "tok"}, eod=Tokenizer(tok).eod_id, pad=399, vocab_size=400)
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=32,
+        blend=([str(tmp_path / "data")], None),
+        split="90,10,0",
+        tokenizer=tokenizer,
+        path_to_cache=str(tmp_path / "cache"),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=0.005,
+    )
+    train = BlendedMegatronDatasetBuilder(GPTDataset, [20, 2, 0], lambda: True, config).build()[0]
+    sample = train[0]
+    stream = b"".join(document.tobytes() for document in IndexedDocuments(tmp_path / "data"))
+    assert len(train) >= 20
+    assert sample["tokens"][1:].tolist() == sample["labels"][:-1].tolist()
+    document = Tokenizer(tok).decode(sample["tokens"].tolist()).split("<|endoftext|>")[1]
+    assert np.array(Tokenizer(tok).encode(document), np.uint16).tobytes() in stream
+
+
+@pytest.mark.parametrize("chunk_bytes", ["1", "37", "1000", "4194304"])
+@pytest.mark.parametrize("workers", ["1", "2", "3"])
+def test_output_does_not_depend_on_workers_or_chunks(tok: Path, tmp_path: Path, workers: str, chunk_bytes: str) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(7):
+        (folder / f"{i}.txt").write_text(f"text {i}\r\n" * i, newline="")
+    first = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    second = write_jsonl(tmp_path / "b.json", DOCUMENTS[:3])
+    second.write_bytes(b"\n \r\n" + second.read_bytes().rstrip())  # blank lines, none at the end
+    more = ("--glob", "*.txt", "--append-eod", "--workers", workers, "--chunk-bytes", chunk_bytes)
+    assert run(tok, tmp_path / "out", first, folder, second, more=more) == 0
+    tokenizer = Tokenizer(tok)
+    texts = [*DOCUMENTS, *(f"text {i}\r\n" * i for i in range(7)), *DOCUMENTS[:3]]
+    expected = [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts if text]
+    assert [document.tolist() for document in IndexedDocuments(tmp_path / "out")] == expected
+    about = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert about["counts"] == {
+        "records": 18,
+        "documents": 15,
+        "empty": 3,
+        "bad": 0,
+        "blank_lines": 2,
+        "tokens": sum(map(len, expected)),
+        "eod_inside_documents": 1,
+    }
+
+
+def test_manifest_names_tokenizer_options_and_inputs(tok: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"], key="body")
+    assert run(tok, tmp_path / "out", source, more=("--json-key", "body")) == 0
+    about = json.loads((tmp_path / "out.manifest.json").read_text())
+    tokenizer = Tokenizer(tok)
+    assert about["tokenizer"] == {
+        "folder": str(tok),
+        "xxh3_128": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": None,
+    }
+    assert about["options"] == {"append_eod": False, "format": "auto", "json_key": "body", "on_bad_input": "fail"}
+    assert about["inputs"] == [{"path": str(source), "bytes": source.stat().st_size}]
+    assert (about["dtype"], about["bin_bytes"]) == ("uint16", (tmp_path / "out.bin").stat().st_size)
+    assert about["versions"]["megatron-core"].startswith("0.16.")
+
+
+@pytest.mark.parametrize("more", [(), ("--format", "text")])
+def test_standard_input_is_lines_or_one_text(
+    tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS).read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert run(tok, tmp_path / "out", "-", more=(*more, "--chunk-bytes", "50")) == 0
+    tokenizer = Tokenizer(tok)
+    texts = [data.decode()] if more else [text for text in DOCUMENTS if text]
+    assert [document.tolist() for document in IndexedDocuments(tmp_path / "out")] == tokenizer.encode_batch(texts)
+    about = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert about["inputs"] == [{"path": "stdin", "bytes": None}]
+
+
+def test_a_pipe_given_as_a_file_is_read_once(tok: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with subprocess.Popen(["sh", "-c", f"cat '{source}' > '{tmp_path}/pipe.jsonl'"]):
+        assert run(tok, tmp_path / "piped", tmp_path / "pipe.jsonl") == 0
+    assert run(tok, tmp_path / "plain", source) == 0
+    assert outputs(tmp_path / "piped") == outputs(tmp_path / "plain")
+
+
+def test_a_run_imports_neither_torch_nor_transformers(tok: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    code = (
+        "import sys; from megapatch.tools.preprocess.preprocess import main; status = main(sys.argv[1:]);"
+        "print(status, {'torch', 'transformers', 'megatron'} & set(sys.modules))"
+    )
+    argv = ["--input", str(source), "--tokenizer", str(tok), "--output-prefix", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert done.stdout == "0 set()\n"
+    assert "7 documents" in done.stderr

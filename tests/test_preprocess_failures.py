@@ -1,0 +1,289 @@
+"""mp-preprocess: bad input, full disks, interrupts and dead workers are told in one line and leave nothing."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from preprocess_data import DOCUMENTS, GOOD, left, make_tokenizer, outputs, run, write_jsonl
+
+from megapatch.models import commit
+from megapatch.models.cli import UserError
+from megapatch.models.indexed_data import IndexedDocuments
+from megapatch.tools.preprocess import preprocess as tool
+from megapatch.tools.preprocess import records
+from megapatch.tools.preprocess.inputs import Piece
+from megapatch.tools.preprocess.preprocess import main
+
+TOOL = [sys.executable, "-m", "megapatch.tools.preprocess.preprocess"]
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("preprocess"))
+
+
+BAD = [  # name, content, place and message
+    ("a.jsonl", GOOD * 3 + b'{"text": "x"\n' + GOOD, ":4 (byte 63): not JSON (Expecting ',' delimiter)"),
+    ("a.jsonl", GOOD + b"\n" + b'{"text": tru}\n', ":3 (byte 27): not JSON (Expecting value)"),
+    ("a.jsonl", '{"é€": tru}'.encode(), ":1 (byte 10): not JSON (Expecting value)"),
+    ("a.jsonl", b'{"text": "a", "x": NaN}\n', ":1 (byte 0): not JSON (NaN is not a JSON value)"),
+    ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", ":2 (byte 17): not JSON that can be read (nested too deeply)"),
+    ("a.jsonl", GOOD + b"[1]\n", ":2 (byte 17): an array found, expected an object with the key 'text'"),
+    ("a.jsonl", b"null\n", ":1 (byte 0): null found, expected an object"),
+    ("a.jsonl", GOOD + b'{"id": 1, "body": "x"}\n', ":2 (byte 17): no key 'text'; keys found: 'id', 'body'"),
+    ("a.jsonl", b"{}\n", ":1 (byte 0): no key 'text'; keys found: none"),
+    ("a.jsonl", b'{"text": null}\n', ":1 (byte 0): 'text' is null, expected a string"),
+    ("a.jsonl", b'{"text": 12}\n', ":1 (byte 0): 'text' is a number, expected a string"),
+    ("a.jsonl", b'{"text": ["a"]}\n', ":1 (byte 0): 'text' is an array, expected a string"),
+    ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', ":2 (byte 17): lone surrogate \\ud800"),
+    ("a.jsonl", GOOD + b'{"text": "a\xffb"}\n', ":2 (byte 28): not UTF-8 (byte 0xff: invalid start byte)"),
+    ("a.jsonl", b"\xef\xbb\xbf" + GOOD, ":1 (byte 0): not JSON (Expecting value)"),
+    ("a.txt", b"abc\n\xe9t\xe9", " (byte 4): not UTF-8 (byte 0xe9: invalid continuation byte)"),
+    ("a.txt", "né".encode("utf-16"), " (byte 0): not UTF-8 (byte 0xff: invalid start byte)"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", BAD, ids=[f"{i}-{one[2][:24]}" for i, one in enumerate(BAD)])
+def test_bad_input_is_named_with_its_place_and_leaves_nothing(
+    tok: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, content: bytes, message: str
+) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", DOCUMENTS)
+    bad = tmp_path / name
+    bad.write_bytes(content)
+    for chunk_bytes in ("1", "100000"):
+        assert run(tok, tmp_path / "out" / "data", good, bad, good, more=("--chunk-bytes", chunk_bytes)) == 1
+        error = capfd.readouterr().err.strip()
+        assert error.startswith(f"mp-preprocess: error: {bad}{message}") and "\n" not in error
+        assert "--on-bad-input skip" in error
+        assert left(tmp_path / "out") == []
+
+
+def test_skipped_input_is_counted_and_named(tok: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for i, (name, content, _) in enumerate(BAD):
+        (tmp_path / f"{i:02}{name}").write_bytes(content)
+    more = ("--glob", "*a.*", "--on-bad-input", "skip", "--chunk-bytes", "64")
+    assert run(tok, tmp_path / "out", tmp_path, more=more) == 0
+    counts = json.loads((tmp_path / "out.manifest.json").read_text())["counts"]
+    num_good = sum(content.count(GOOD) for _, content, _ in BAD) - 1  # the one behind the byte-order mark
+    assert (counts["bad"], counts["documents"]) == (len(BAD), num_good)
+    assert counts["records"] == counts["documents"] + counts["bad"]
+    error = capfd.readouterr().err
+    assert error.count("; skipped\n") == 10 and f"{len(BAD)} bad records skipped of {counts['records']}" in error
+    assert f"00a.jsonl{BAD[0][2]}" in error
+
+
+@pytest.mark.parametrize("with_orjson", [False, True])
+def test_json_means_the_same_with_and_without_orjson(monkeypatch: pytest.MonkeyPatch, with_orjson: bool) -> None:
+    loads = pytest.importorskip("orjson", reason="extra `data` is not installed").loads if with_orjson else None
+    monkeypatch.setattr(records, "_fast_loads", loads)
+    good = [
+        (b'{"text": "a", "text": "b"}', "b"),
+        (b' {"text" : "\\u00e9\\ud83d\\ude00"} \r', "é😀"),
+        (b'{"x": "\\ud800", "text": "a"}', "a"),
+        (b'{"x": 1' + b"0" * 5000 + b', "text": "a"}', "a"),
+        (b'{"x": -1.5e999, "text": "\\u0000"}', "\0"),
+    ]
+    for line, text in good:
+        assert records.parse_line(line, "text") == text
+    for name, content, message in BAD:
+        if name == "a.jsonl":
+            piece = Piece(name, True, 0, len(content), content)
+            tally = records.read_documents(piece, "text")[1]
+            (bad,) = tally.bad
+            assert f":{bad.line} (byte {bad.offset}): {bad.reason}".startswith(message)
+
+
+USAGE = [
+    (["--workers", "0"], "--workers 0: expected 1 or more"),
+    (["--chunk-bytes", "0"], "--chunk-bytes 0: expected 1 or more"),
+    (["--format", "csv"], "invalid choice: 'csv'"),
+]
+
+
+@pytest.mark.parametrize("more, message", USAGE)
+def test_wrong_usage_is_exit_status_2(capsys: pytest.CaptureFixture[str], more: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--input", "a", "--tokenizer", "t", "--output-prefix", "p", *more])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+INPUTS = [
+    (("missing.txt",), (), "missing.txt: no such file"),
+    (("folder",), (), "folder: is a folder; say which of its files with --glob"),
+    (("folder",), ("--glob", "*.md"), "folder: holds no file that matches --glob *.md"),
+    (("folder/a.txt",), ("--glob", "*.txt"), "--glob *.txt: no folder among --input"),
+    (("folder/empty.txt",), (), "no documents in --input (1 empty, 0 bad)"),
+]
+
+
+@pytest.mark.parametrize("inputs, more, message", INPUTS, ids=[one[2][:20] for one in INPUTS])
+def test_inputs_that_give_nothing_are_errors(
+    tok: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    inputs: tuple[str, ...],
+    more: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("a")
+    (tmp_path / "folder" / "empty.txt").write_text("")
+    assert run(tok, tmp_path / "out" / "data", *inputs, more=more) == 1
+    assert f"mp-preprocess: error: {message}" in capfd.readouterr().err
+    assert left(tmp_path / "out") == []
+
+
+def test_an_input_that_shrinks_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(UserError, match=r"a\.txt: ends at byte 5, was 9 or longer"):
+        Piece(str(tmp_path / "a.txt"), False, 0, 9).read()
+
+
+def test_existing_files_stay_unless_forced_and_when_a_forced_run_fails(
+    tok: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{")
+    assert run(tok, tmp_path / "out" / "data", source) == 0
+    old = outputs(tmp_path / "out" / "data")
+    assert run(tok, tmp_path / "out" / "data", source) == 1
+    assert "data.bin: exists already" in capfd.readouterr().err
+    assert run(tok, tmp_path / "out" / "data", source, bad, more=("--force",)) == 1
+    assert outputs(tmp_path / "out" / "data") == old
+    assert left(tmp_path / "out") == ["data.bin", "data.idx", "data.manifest.json"]
+    assert run(tok, tmp_path / "out" / "data", source, source, more=("--force",)) == 0
+    assert len(IndexedDocuments(tmp_path / "out" / "data")) == 2
+
+
+def test_an_interrupt_between_the_renames_leaves_nothing(
+    tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    assert run(tok, tmp_path / "out" / "data", source) == 0
+    replace = os.replace
+
+    def interrupted(stage: Path, target: Path) -> None:
+        if str(target).endswith(".idx"):
+            raise KeyboardInterrupt
+        replace(stage, target)
+
+    monkeypatch.setattr(commit.os, "replace", interrupted)
+    assert run(tok, tmp_path / "out" / "data", source, more=("--force",)) == 130
+    assert left(tmp_path / "out") == []
+
+
+def test_a_killed_worker_ends_the_run_at_once(
+    tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    encode = tool.Encoder.encode
+
+    def dying(self: tool.Encoder, chunk: tuple[Piece, ...]) -> object:
+        if chunk[0].path.endswith("kill.txt"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if chunk[0].path.endswith("slow.txt"):
+            time.sleep(60)
+        return encode(self, chunk)
+
+    monkeypatch.setattr(tool.Encoder, "encode", dying)
+    names = ["a.txt", "slow.txt", "kill.txt", "b.txt"]
+    for name in names:
+        (tmp_path / name).write_text("some text")
+    started = time.monotonic()
+    inputs = [tmp_path / name for name in names]
+    assert run(tok, tmp_path / "out" / "data", *inputs, more=("--chunk-bytes", "1")) == 1
+    assert time.monotonic() - started < 20
+    error = capfd.readouterr().err
+    assert "was killed by signal 9 at or after" in error and "kill.txt (byte 0); nothing was kept" in error
+    assert left(tmp_path / "out") == []
+    assert psutil.Process().children() == []
+
+
+def test_a_bug_in_a_worker_is_shown_with_its_place(tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: tool.Encoder, chunk: tuple[Piece, ...]) -> object:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(tool.Encoder, "encode", broken)
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ZeroDivisionError) as error:
+        run(tok, tmp_path / "out" / "data", tmp_path / "a.txt")
+    assert "in broken" in error.value.__notes__[0]
+    assert left(tmp_path / "out") == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"no mount command: {error}")
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tok: Path, tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["x" * 1000] * 3000)
+    assert run(tok, small_disk / "data", source, more=("--chunk-bytes", "100000")) == 1
+    error = capfd.readouterr().err.strip()
+    assert error.startswith(f"mp-preprocess: error: {small_disk / 'data.bin'}: disk full (") and "\n" not in error
+    assert left(small_disk) == []
+
+
+def test_a_bad_line_of_standard_input_has_its_number(
+    tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(GOOD * 50 + b"{}\n" + GOOD)))
+    assert run(tok, tmp_path / "out" / "data", "-", more=("--chunk-bytes", "50")) == 1
+    assert "error: stdin:51 (byte 850): no key 'text'" in capfd.readouterr().err
+    assert left(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_no_file_and_no_process(tok: Path, tmp_path: Path, number: int, status: int) -> None:
+    out = tmp_path / "out" / "data"
+    argv = [*TOOL, "--input", "-", "--tokenizer", str(tok), "--output-prefix", str(out), "--chunk-bytes", "100"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdin
+        run.stdin.write(GOOD * 1000)
+        run.stdin.flush()
+        deadline = time.monotonic() + 60
+        while not (workers := psutil.Process(run.pid).children()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert workers and left(tmp_path / "out")
+        os.kill(run.pid, number)
+        assert run.wait(20) == status
+    assert left(tmp_path / "out") == []
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
+def test_workers_end_when_their_parent_is_killed(tok: Path, tmp_path: Path) -> None:
+    argv = [*TOOL, "--input", "-", "--tokenizer", str(tok), "--output-prefix", str(tmp_path / "data")]
+    with subprocess.Popen([*argv, "--chunk-bytes", "100", "--workers", "3"], stdin=subprocess.PIPE) as run:
+        assert run.stdin
+        run.stdin.write(GOOD * 1000)
+        run.stdin.flush()
+        deadline = time.monotonic() + 60
+        while len(workers := psutil.Process(run.pid).children()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(workers) == 3
+        run.kill()
+        assert psutil.wait_procs(workers, timeout=10)[1] == []
