@@ -17,21 +17,13 @@ from torch import Tensor
 
 from megapatch.models.cli import UserError
 from megapatch.models.layers.kv_cache import KeyValueCache
-from megapatch.models.sampling import Sampling, choose, uniform
+from megapatch.models.load import unwrapped
+from megapatch.models.request import Request
+from megapatch.models.sampling import choose, uniform
 from megapatch.models.tokenizer import Tokenizer
 
 _PREFILL_TOKENS = 4096  # prompts are read together up to so many tokens
 _CONTEXT_TOKENS = 8  # of the prompt, shown to the decoder: whether a text starts with a space depends on them
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and how to continue it; ``key`` and ``sample`` name its random numbers."""
-
-    prompt: Sequence[int]
-    sampling: Sampling = Sampling()
-    key: str = ""
-    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class Engine:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         """``max_length``: tokens of the longest prompt with its completion; ``group``: default tensor parallelism's."""
-        self.model = _unwrap(model)
+        self.model: Any = unwrapped(model)
         config = self.model.config
         for flag, size in {"pp": config.pipeline_model_parallel_size, "cp": config.context_parallel_size}.items():
             if size > 1:
@@ -81,10 +73,6 @@ class Engine:
         self.group = group or parallel_state.get_tensor_model_parallel_group()
         self.multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.statistics = Statistics()
-
-    def problem(self, request: Request) -> str:
-        """Why this request cannot be done; empty when it can."""
-        return problem(request, self.vocab_size, self.max_length)
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """The completions, in the order of the requests."""
@@ -124,7 +112,7 @@ class Engine:
             number, request = next(waiting, (0, None))
             if request is None:
                 break
-            if reason := self.problem(request):
+            if reason := request.problem(self.vocab_size, self.max_length):
                 raise UserError(f"request {number}: {reason}")
             fresh.append(_Sequence(number, request, self.max_length, self.tokenizer))
             tokens += len(request.prompt)
@@ -167,17 +155,6 @@ class Engine:
         if self.group.size() > 1:
             dist.broadcast(chosen, dist.get_global_rank(self.group, 0), self.group)
         return chosen.tolist()
-
-
-def problem(request: Request, vocab_size: int, max_length: int) -> str:
-    """Why a model of this vocabulary and length cannot do this request; empty when it can."""
-    if not request.prompt:
-        return "the prompt has no tokens; expected at least 1"
-    if not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
-        return f"token ids {min(request.prompt)} to {max(request.prompt)} in the prompt; expected 0 to {vocab_size - 1}"
-    if len(request.prompt) >= max_length:
-        return f"the prompt has {len(request.prompt)} tokens and leaves no room; the model takes {max_length} in all"
-    return ""
 
 
 @dataclass
@@ -260,10 +237,3 @@ def _retire(active: list[_Sequence], cache: KeyValueCache) -> list[Completion]:
                 cache.move(len(active), slot)
                 active[slot] = last
     return ended[::-1]
-
-
-def _unwrap(model: torch.nn.Module) -> Any:
-    """The GPTModel inside the wrappers of data parallelism and bf16."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model

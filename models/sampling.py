@@ -11,32 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the tokens of one request are chosen, and when it ends."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0  # 0: always the most probable token
-    top_k: int = 0  # keep so many of the most probable tokens; 0: all
-    top_p: float = 1.0  # of these, keep the most probable ones that reach this probability together
-    seed: int = 0
-    stop: tuple[str, ...] = ()  # strings that end the text
-    stop_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max-new-tokens {self.max_new_tokens}: must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature}: must be a number from 0")
-        if self.top_k < 0:
-            raise ValueError(f"top-k {self.top_k}: must be at least 1, or 0 to keep all tokens")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top-p {self.top_p}: must be above 0 and at most 1")
-        if self.temperature == 0 and (self.top_k > 1 or self.top_p < 1):
-            raise ValueError("top-k and top-p choose nothing at temperature 0: give a temperature above 0")
-        if "" in self.stop:
-            raise ValueError("stop: an empty string would end every text at once")
+from megapatch.models.request import Sampling
 
 
 @dataclass(frozen=True)
