@@ -17,6 +17,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, SOURCES,
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 CUDA_HERE = ("models/device.py", "models/patches/", "tools/offload_bench/measure.py")
+UPSTREAM_NAMES = re.compile("get_cuda_rng_tracker|CudaGraphScope")  # the tracker serves every device; a pickled class
 HEAVY = {"torch", "transformers", "megatron", "safetensors", "tokenizers", "tensorboard", "wandb", "pyarrow"}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 
@@ -56,7 +57,7 @@ def test_the_check_of_floors_sees_a_wrong_import():
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith(CUDA_HERE)])
 def test_the_accelerator_is_named_only_where_devices_are_handled(name):
     lines = (ROOT / name).read_text().splitlines()
-    assert [line for line in lines if "cuda" in line.lower()] == []
+    assert [line for line in lines if "cuda" in UPSTREAM_NAMES.sub("", line).lower()] == []
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("models/families/")])
