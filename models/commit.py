@@ -63,12 +63,18 @@ def staged_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_folder(
-    target: Path, *, tool: str, force: bool = False, about: Mapping[str, Any] | None = None
+    target: Path,
+    *,
+    tool: str,
+    force: bool = False,
+    about: Mapping[str, Any] | None = None,
+    digests: Mapping[str, str] | None = None,
 ) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it gets a manifest, and replaces ``target``.
 
     An existing target is refused unless ``force``; it stays until the new one takes its place.
-    ``about``: what else the manifest should say (layout, step), read when the block ends.
+    ``about``: what else the manifest should say (layout, step); ``digests``: the xxh3-128 of files whose content was
+    digested while it was written. Both are read when the block ends.
     """
     refuse_existing(target, force)
     target = _real(target)
@@ -77,7 +83,7 @@ def staged_folder(
     try:
         with naming_full_disks(target):
             yield stage
-            seal(stage, tool=tool, about=about)
+            seal(stage, tool=tool, about=about, digests=digests)
             _put(stage, target)
     finally:
         _remove(stage)
@@ -145,12 +151,19 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
-def seal(folder: Path, *, tool: str, about: Mapping[str, Any] | None = None) -> None:
-    """fsync every file of ``folder``, then write its manifest, then fsync the folders."""
+def seal(
+    folder: Path,
+    *,
+    tool: str,
+    about: Mapping[str, Any] | None = None,
+    digests: Mapping[str, str] | None = None,
+) -> None:
+    """fsync every file of ``folder``, then write its manifest, then fsync the folders; ``digests`` known so far."""
+    known = {folder / name: value for name, value in (digests or {}).items()}
 
     def entry(path: Path) -> dict[str, Any]:
         fsync(path)
-        return {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
+        return {"bytes": path.stat().st_size, "xxh3_128": known.get(path) or digest(path)}
 
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -10,14 +10,16 @@ they pass an allow-list first. Imports no torch.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from megapatch.models import safe_pickle
 from megapatch.models.cli import UserError
 from megapatch.models.commit import staged_file
+from megapatch.models.open_files import OpenFiles
 from megapatch.models.torch_save import ITEM_BYTES, Archive, open_archive
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -107,6 +109,20 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
+    _index: dict[int, dict[tuple[int, ...], list[Chunk]]] = field(default_factory=dict, compare=False, repr=False)
+
+    def at(self, lead: tuple[int, ...]) -> list[Chunk]:
+        """The chunks that hold elements at these indices of the first axes."""
+        return self._by_lead(len(lead)).get(lead, [])
+
+    def _by_lead(self, depth: int) -> dict[tuple[int, ...], list[Chunk]]:
+        if depth not in self._index:
+            found = self._index.setdefault(depth, {})
+            for chunk in self.chunks:
+                spans = zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True)
+                for lead in product(*(range(start, start + size) for start, size in spans)):
+                    found.setdefault(lead, []).append(chunk)
+        return self._index[depth]
 
 
 class Checkpoint:
@@ -117,35 +133,37 @@ class Checkpoint:
         self.metadata = load_metadata(folder)
         self.objects = [k for k, v in self.metadata.state_dict_metadata.items() if not hasattr(v, "chunks")]
         self.tensors = {t.key: t for t in _tensors(self.metadata, folder / METADATA)}
-        self._open: dict[str, BinaryIO] = {}
+        self._files = OpenFiles()
+        self._located: dict[tuple[str, int], int] = {}
 
     def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.close()
+        self._files.__exit__()
 
     def archive(self, file: str, start: int, length: int, what: str) -> Archive:
         """The torch.save file at a place in one of the folder's files."""
         path = self.folder / file
-        if file not in self._open:
-            if Path(file).name != file or not path.is_file():
-                raise UserError(f"{path}: missing, but {METADATA} names it for {what}; the checkpoint is incomplete")
-            self._open[file] = path.open("rb")
+        if Path(file).name != file or not path.is_file():
+            raise UserError(f"{path}: missing, but {METADATA} names it for {what}; the checkpoint is incomplete")
         size = path.stat().st_size
         if start < 0 or start + length > size:
             raise UserError(f"{path}: {size} bytes, but {what} ends at byte {start + length}; the file is cut short")
-        return Archive(self._open[file], start, length, f"{path}: {what}")
+        return Archive(self._files[path], start, length, f"{path}: {what}")
 
     def locate(self, tensor: Tensor, chunk: Chunk) -> int:
         """The offset in ``chunk.file`` of the chunk's first element; its elements follow contiguously."""
+        known = self._located.get((chunk.file, chunk.start))
+        if known is not None:
+            return known
         region = self.archive(chunk.file, chunk.start, chunk.length, tensor.key).tensor()
         if (region.dtype, prod(region.shape)) != (tensor.dtype, prod(chunk.sizes)):
             raise UserError(
                 f"{self.folder / chunk.file}: {tensor.key}: {region.dtype} {list(region.shape)} in the file, "
                 f"{tensor.dtype} {list(chunk.sizes)} in {METADATA}; the checkpoint is damaged"
             )
+        self._located[chunk.file, chunk.start] = region.offset
         return region.offset
 
     def check_objects(self) -> None:

@@ -37,7 +37,7 @@ class Options(Common):
     max_shard_size: Optional[str] = opt(
         "largest .safetensors file, such as 500MB or 5GB (default: as the model came, else 5GB)", None
     )
-    jobs: int = opt("ranges copied at the same time", 4, flags=["--jobs", "-j"])
+    jobs: int = opt("files written at the same time", 4, flags=["--jobs", "-j"])
     dry_run: bool = opt(
         "print the plan as JSON lines (bytes of each target file, and where from); write nothing", False
     )
@@ -92,13 +92,14 @@ def _to_hf(options: Options) -> Plan:
 def _write(plan: Plan, target: Path, options: Options) -> None:
     from tqdm import tqdm
 
-    total = sum(copy.size for copy in plan.copies)
+    total = sum(entry.size for entry in plan.entries)
     about = {"source": str(options.source), "dtype": options.dtype}
+    digests: dict[str, str] = {}
     with (
-        staged_folder(target, tool="mp-convert", force=options.force, about=about) as stage,
+        staged_folder(target, tool="mp-convert", force=options.force, about=about, digests=digests) as stage,
         tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar,
     ):
-        execute(plan, stage, options.jobs, bar.update)
+        digests |= execute(plan, stage, options.jobs, bar.update)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,79 +18,89 @@ class Literal(NamedTuple):
     offset: int
     data: bytes
 
+    @property
+    def size(self) -> int:
+        """Bytes in the target."""
+        return len(self.data)
+
     def line(self) -> dict[str, Any]:
-        return {"file": self.file, "offset": self.offset, "bytes": len(self.data), "from": "header"}
+        """As a JSON object."""
+        return {"file": self.file, "offset": self.offset, "bytes": self.size, "from": "header"}
+
+
+class Part(NamedTuple):
+    """Rows of ``items`` items each, one after another in ``source`` from byte ``offset``."""
+
+    source: Path
+    offset: int
+    items: int
 
 
 class Copy(NamedTuple):
-    """``rows`` runs of ``items`` items each, from a source file to a target file.
+    """A range of a target file: ``rows`` rows, each made of one row of every part.
 
-    Items are of dtype ``read`` in the source and ``write`` in the target; offsets and steps (from the start of one
-    run to the next) are in bytes.
+    Almost always one row of one part: a range of bytes. Items are of dtype ``read`` in the sources and ``write`` in
+    the target.
     """
 
     name: str  # of the Hugging Face tensor, or of a file copied whole
-    source: Path
-    source_offset: int
     file: str
     offset: int
-    items: int
+    parts: tuple[Part, ...]
     rows: int = 1
-    source_step: int = 0
-    step: int = 0
     read: str = "uint8"
     write: str = "uint8"
 
     @property
-    def run_bytes(self) -> int:
-        """Bytes of one run in the target."""
-        return self.items * ITEM_BYTES[self.write]
+    def items(self) -> int:
+        """Items of a row."""
+        return sum(part.items for part in self.parts)
 
     @property
     def size(self) -> int:
         """Bytes in the target."""
-        return self.rows * self.run_bytes
-
-    @property
-    def plain(self) -> bool:
-        """True when this is one range of bytes, copied as it is."""
-        return self.rows == 1 and self.read == self.write
+        return self.rows * self.items * ITEM_BYTES[self.write]
 
     def line(self) -> dict[str, Any]:
-        origin = {"file": str(self.source), "offset": self.source_offset}
-        said = {"file": self.file, "offset": self.offset, "bytes": self.run_bytes, "tensor": self.name, "from": origin}
-        if self.rows > 1:
-            said |= {"runs": self.rows, "step": self.step}
-            origin["step"] = self.source_step
+        """As a JSON object."""
+        said: dict[str, Any] = {"file": self.file, "offset": self.offset, "bytes": self.size, "tensor": self.name}
+        origin: list[dict[str, Any]] = [{"file": str(part.source), "offset": part.offset} for part in self.parts]
+        if len(origin) > 1:
+            said["rows"] = self.rows
+            for part, place in zip(self.parts, origin, strict=True):
+                place["row_bytes"] = part.items * ITEM_BYTES[self.read]
+        said["from"] = origin if len(origin) > 1 else origin[0]
         return said | ({"cast": [self.read, self.write]} if self.read != self.write else {})
+
+
+Entry = Literal | Copy
 
 
 @dataclass
 class Plan:
-    """The files to write, their sizes in bytes, and what goes where; ``notes`` are for the user."""
+    """What goes where, in the order of the files and their bytes; ``notes`` are for the user."""
 
-    files: dict[str, int] = field(default_factory=dict)
-    literals: list[Literal] = field(default_factory=list)
-    copies: list[Copy] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add_file(self, path: Path, name: str) -> None:
         """A file copied whole."""
-        self.files[name] = path.stat().st_size
-        self.copies.append(Copy(path.name, path, 0, name, 0, self.files[name]))
+        self.entries.append(Copy(path.name, name, 0, (Part(path, 0, path.stat().st_size),)))
+
+    def finish(self) -> "Plan":
+        """This plan in order; a byte named twice or not at all is a broken invariant."""
+        self.entries.sort(key=lambda entry: (entry.file, entry.offset))
+        for file, entries in self.files().items():
+            at = 0
+            for entry in entries:
+                assert entry.offset == at, f"{file}: byte {min(at, entry.offset)} is not named once"
+                at += entry.size
+        return self
+
+    def files(self) -> dict[str, list[Entry]]:
+        """The entries of each target file."""
+        return {file: list(entries) for file, entries in groupby(self.entries, key=lambda entry: entry.file)}
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The plan as JSON objects, one for each range."""
-        yield from (literal.line() for literal in self.literals)
-        yield from (copy.line() for copy in self.copies)
-
-    def finish(self) -> "Plan":
-        """This plan, with its entries in the order of the files; sizes that do not add up are a broken invariant."""
-        named = dict.fromkeys(self.files, 0)
-        for literal in self.literals:
-            named[literal.file] += len(literal.data)
-        for copy in self.copies:
-            named[copy.file] += copy.size
-        assert named == self.files, "the plan does not name every byte once"
-        self.copies.sort(key=lambda c: (c.file, c.offset))
-        return self
+        return (entry.line() for entry in self.entries)

@@ -11,7 +11,7 @@ from megapatch.models.core_write import CoreWriter
 from megapatch.models.rules import CORE, Placed
 from megapatch.models.shapes import part_shapes, sizes
 from megapatch.models.torch_save import ITEM_BYTES
-from megapatch.tools.convert.plan import DTYPES, Copy, Literal, Plan
+from megapatch.tools.convert.plan import DTYPES, Copy, Literal, Part, Plan
 
 _FLOATS = tuple(DTYPES.values())
 _BUFFERS = ".rotary_emb.inv_freq"  # early Llama files hold it; it follows from config.json
@@ -29,11 +29,10 @@ def plan(source: Path, dtype: str) -> Plan:
     total = sum(t.size for t in found.values())
     writer = CoreWriter(max(1, min(8, total // _FILE_BYTES), total // (_FILE_BYTES << 4)))
     for rule in placed:
-        made.copies += _tensor(rule, hf, found, writer, dtype)
+        made.entries += _tensor(rule, hf, found, writer, dtype)
     for key in extra_states(placed, family.stacked_layers(hf), hf):
         writer.object(key)
-    made.literals += [Literal(*part) for part in writer.rest(_common(hf))]
-    made.files |= writer.sizes
+    made.entries += [Literal(*part) for part in writer.rest(_common(hf))]
     for name, path in hf_files.side_files(source).items():
         made.add_file(path, f"{HF_SUBFOLDER}/{name}")
     if (source / hf_files.INDEX).is_file():  # so that the way back gives the same files
@@ -102,8 +101,10 @@ def _tensor(
     for block in rule.rule.blocks(rows, core["num_query_groups"]):
         part = parts[block.part]
         start = part.offset + block.start * width * ITEM_BYTES[part.dtype]
-        yield Copy(part.name, part.file, start, file, offset, block.rows * width, read=part.dtype, write=target)
-        offset += block.rows * width * ITEM_BYTES[target]
+        origin = Part(part.file, start, block.rows * width)
+        copy = Copy(part.name, file, offset, (origin,), read=part.dtype, write=target)
+        yield copy
+        offset += copy.size
 
 
 def _check(part: hf_files.Tensor, shape: tuple[int, ...], dtype: str) -> None:

@@ -13,7 +13,7 @@ from megapatch.models.core_files import HF_SUBFOLDER, METADATA, Checkpoint, Chun
 from megapatch.models.rules import Placed
 from megapatch.models.shapes import part_shapes, sizes
 from megapatch.models.torch_save import ITEM_BYTES
-from megapatch.tools.convert.plan import DTYPES, Copy, Literal, Plan
+from megapatch.tools.convert.plan import DTYPES, Copy, Literal, Part, Plan
 from megapatch.tools.convert.to_core import leading_axes
 
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # core may store more rows than the vocabulary
@@ -50,15 +50,13 @@ def plan(source: Path, dtype: str, max_shard_bytes: int | None) -> Plan:
         by_name = {weight.name: weight for weight in weights}
         for file, names in files.items():
             described = hf_files.saved_order([by_name[name][:3] for name in names])
-            header, offsets, size = hf_files.header(described)
-            made.files[file] = size
-            made.literals.append(Literal(file, 0, header))
+            header, offsets, _ = hf_files.header(described)
+            made.entries.append(Literal(file, 0, header))
             for (name, _, _), offset in zip(described, offsets, strict=True):
-                made.copies += _copies(by_name[name], file, offset, checkpoint)
+                made.entries += _copies(by_name[name], file, offset, checkpoint)
     if len(files) > 1:
         index = hf_files.index_json(files, {w.name: _bytes(w) for w in weights}, sum(prod(w.shape) for w in weights))
-        made.files[hf_files.INDEX] = len(index)
-        made.literals.append(Literal(hf_files.INDEX, 0, index))
+        made.entries.append(Literal(hf_files.INDEX, 0, index))
     for name, path in hf_files.side_files(source / HF_SUBFOLDER).items():
         made.add_file(path, name)
     return made.finish()
@@ -135,55 +133,52 @@ def _account(checkpoint: Checkpoint, used: set[str], hf: family.HfConfig, made: 
 
 
 def _copies(weight: Weight, file: str, offset: int, checkpoint: Checkpoint) -> Iterator[Copy]:
-    """The ranges that fill ``weight`` at byte ``offset`` of ``file``; exactly once, or a UserError."""
-    filled = 0
-    row_items = prod(weight.shape[1:])
-    for piece in weight.pieces:
-        for chunk in _chunks(piece):
-            for copy in _overlap(piece, chunk, weight, row_items, checkpoint):
-                filled += copy.items * copy.rows
-                yield copy._replace(file=file, offset=offset + copy.offset)
-    if filled != prod(weight.shape):
+    """The ranges that fill ``weight`` from byte ``offset`` of ``file``."""
+    width = prod(weight.shape[1:])
+    for piece in sorted(weight.pieces, key=lambda piece: piece.hf_row):
+        chunks = [_Rectangle(piece, chunk) for chunk in piece.tensor.at(piece.lead) if 0 not in chunk.sizes]
+        edges = {edge for chunk in chunks for edge in (chunk.row, chunk.row + chunk.rows)}
+        first, last = piece.core_row, piece.core_row + piece.rows
+        bands = sorted({first, last, *(edge for edge in edges if first < edge < last)})
+        for row, end in itertools.pairwise(bands):
+            across = sorted((c for c in chunks if c.row <= row < c.row + c.rows), key=lambda c: c.column)
+            _refuse_gaps(across, width, piece, checkpoint)
+            parts = tuple(chunk.part(row, checkpoint) for chunk in across)
+            rows = end - row
+            if len(parts) == 1:
+                parts, rows = (parts[0]._replace(items=rows * width),), 1
+            copy = Copy(weight.name, file, offset, parts, rows, piece.tensor.dtype, weight.dtype)
+            yield copy
+            offset += copy.size
+
+
+def _refuse_gaps(across: Sequence["_Rectangle"], width: int, piece: Piece, checkpoint: Checkpoint) -> None:
+    column = 0
+    for chunk in across:
+        if chunk.column != column:
+            break
+        column += chunk.columns
+    if column != width or (across and across[-1].column + across[-1].columns != width):
         raise UserError(
-            f"{checkpoint.folder / METADATA}: the chunks of {weight.pieces[0].tensor.key} hold {filled} elements "
-            f"of {weight.name}, expected {prod(weight.shape)}; the checkpoint is incomplete"
+            f"{checkpoint.folder / METADATA}: the chunks of {piece.tensor.key} leave a part of it out, or overlap, "
+            f"at {[*piece.lead, piece.core_row]}; the checkpoint is incomplete"
         )
 
 
-def _chunks(piece: Piece) -> Iterator[Chunk]:
-    """The chunks that hold ``piece``'s index of the leading axes."""
-    for chunk in piece.tensor.chunks:
-        spans = zip(piece.lead, chunk.offsets, chunk.sizes, strict=False)
-        if all(start <= at < start + size for at, start, size in spans):
-            yield chunk
+class _Rectangle:
+    """The rows and columns of a chunk, at one index of the leading axes."""
 
+    def __init__(self, piece: Piece, chunk: Chunk) -> None:
+        depth = len(piece.lead)
+        self.piece, self.chunk = piece, chunk
+        self.row, self.column = (*chunk.offsets[depth:], 0)[:2]
+        self.rows, self.columns = (*chunk.sizes[depth:], 1)[:2]
 
-def _overlap(piece: Piece, chunk: Chunk, weight: Weight, width: int, checkpoint: Checkpoint) -> Iterator[Copy]:
-    """The part of ``chunk`` that is in ``piece``; offsets are relative to ``weight``."""
-    depth = len(piece.lead)
-    row, column = (*chunk.offsets[depth:], 0)[:2]
-    rows, columns = (*chunk.sizes[depth:], 1)[:2]
-    first, last = max(row, piece.core_row), min(row + rows, piece.core_row + piece.rows)
-    if first >= last or not columns:
-        return
-    read, write = piece.tensor.dtype, weight.dtype
-    before = 0  # whole rows of the chunk before its part for this index of the leading axes
-    for at, start, size in zip(piece.lead, chunk.offsets, chunk.sizes, strict=False):
-        before = before * size + at - start
-    skip = (before * rows + first - row) * columns
-    start = checkpoint.locate(piece.tensor, chunk) + skip * ITEM_BYTES[read]
-    to = (piece.hf_row + first - piece.core_row) * width + column
-    count, runs = (columns, last - first) if columns != width else ((last - first) * width, 1)
-    yield Copy(
-        weight.name,
-        checkpoint.folder / chunk.file,
-        start,
-        "",
-        to * ITEM_BYTES[write],
-        count,
-        runs,
-        columns * ITEM_BYTES[read],
-        width * ITEM_BYTES[write],
-        read,
-        write,
-    )
+    def part(self, row: int, checkpoint: Checkpoint) -> Part:
+        """Where the rows from ``row`` on are stored."""
+        before = 0  # how many such rectangles the chunk stores before this one
+        for at, start, size in zip(self.piece.lead, self.chunk.offsets, self.chunk.sizes, strict=False):
+            before = before * size + at - start
+        skip = (before * self.rows + row - self.row) * self.columns * ITEM_BYTES[self.piece.tensor.dtype]
+        offset = checkpoint.locate(self.piece.tensor, self.chunk) + skip
+        return Part(checkpoint.folder / self.chunk.file, offset, self.columns)
