@@ -41,7 +41,7 @@ class Options(InputOptions):
     )
     append_eod: bool = opt("end each document with the tokenizer's eos token (do this for pretraining)", False)
     workers: Optional[int] = opt("worker processes (default: the cores this process may use)", None)
-    chunk_bytes: int = opt("bytes of input that a worker takes at a time; memory grows with it", 4 << 20)
+    chunk_bytes: int = opt("bytes of input that a worker takes at a time; memory grows with it", 1 << 20)
     force: bool = opt("replace files that exist", False)
     trust_remote_code: bool = opt("run the tokenizer's own Python code, for folders without tokenizer.json", False)
 
