@@ -14,6 +14,7 @@ from preprocess_data import DOCUMENTS, make_tokenizer, outputs, run, write_jsonl
 
 from megapatch.models.indexed_data import IndexedDocuments
 from megapatch.models.tokenizer import Tokenizer
+from megapatch.tools.preprocess import progress
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,24 @@ def test_manifest_names_tokenizer_options_and_inputs(tok: Path, tmp_path: Path) 
     assert about["inputs"] == [{"path": str(source), "bytes": source.stat().st_size}]
     assert (about["dtype"], about["bin_bytes"]) == ("uint16", (tmp_path / "out.bin").stat().st_size)
     assert about["versions"]["megatron-core"].startswith("0.16.")
+
+
+def test_a_log_gets_lines_and_a_terminal_a_bar_with_messages_above_it(
+    tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    source.write_bytes(source.read_bytes() + b"{}\n")
+    more = ("--chunk-bytes", "50", "--on-bad-input", "skip", "--force")
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    assert run(tok, tmp_path / "out", source, more=more) == 0
+    log = capfd.readouterr().err
+    assert log.count(" of 0.0 MB in ") > 3 and "\r" not in log
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run(tok, tmp_path / "out", source, more=more) == 0
+    shown = capfd.readouterr().err.replace("\r", "\n").split("\n")
+    assert any("%|" in line and "B/s" in line for line in shown)
+    messages = [line for line in shown if "mp-preprocess:" in line]
+    assert len(messages) == 3 and all(line.startswith("mp-preprocess: ") for line in messages)
 
 
 @pytest.mark.parametrize("more", [(), ("--format", "text")])

@@ -3,9 +3,11 @@
 import logging
 import sys
 import time
+from contextlib import ExitStack
 from types import TracebackType
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 _LOG = logging.getLogger("megapatch.tools.preprocess")
 EVERY_S = 10.0
@@ -23,12 +25,16 @@ class Progress:
         self._started = self._told = time.monotonic()
         quiet = not sys.stderr.isatty()
         self._bar = _Bar(total=total_bytes, unit="B", unit_scale=True, disable=quiet, smoothing=0.05, leave=False)
+        self._stack = ExitStack()
 
     def __enter__(self) -> "Progress":
+        if not self._bar.disable:
+            self._stack.enter_context(logging_redirect_tqdm(tqdm_class=_Bar))  # messages above the bar, not in it
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
+        self._stack.close()
 
     def add(self, num_bytes: int, num_tokens: int = 0) -> None:
         """Show that so much more was read and made."""
