@@ -64,14 +64,14 @@ class Engine:
     ) -> None:
         """``max_length``: tokens of the longest prompt with its completion; ``group``: default tensor parallelism's."""
         self.model: Any = unwrapped(model)
-        config = self.model.config
+        config: Any = self.model.config
         for flag, size in {"pp": config.pipeline_model_parallel_size, "cp": config.context_parallel_size}.items():
             if size > 1:
                 raise UserError(f"--{flag} {size}: generation runs with --{flag} 1; use --tp to cut the model")
         self.vocab_size, self.max_length, self.batch_size = vocab_size, max_length, batch_size
         self.tokenizer = tokenizer
         self.group = group or parallel_state.get_tensor_model_parallel_group()
-        self.multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self.multiple: int = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.statistics = Statistics()
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
@@ -173,8 +173,10 @@ class _Sequence:
 
     def __post_init__(self) -> None:
         assert self.tokenizer or not self.request.sampling.stop, "stop strings need a tokenizer"
-        self._stream: Any = self.tokenizer.stream(skip_special_tokens=True) if self.tokenizer else None
-        for token in self.request.prompt[-_CONTEXT_TOKENS:] if self._stream else ():
+        self._stream: Any = None
+        if self.tokenizer:
+            self._stream = self.tokenizer.stream(skip_special_tokens=True)
+        for token in self.request.prompt[-_CONTEXT_TOKENS:] if self.tokenizer else ():
             self._stream.push(token)
 
     @property

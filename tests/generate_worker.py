@@ -1,0 +1,65 @@
+"""Generates at several layouts, one after the other in the same processes; started by tests under torchrun.
+
+    torchrun --nproc-per-node 2 tests/generate_worker.py cases.json results.json
+
+cases.json: {"prompts": [[token ids]], "cases": {name: {"folder": Hugging Face folder, "layout": {option: value}}}};
+results.json: {name: {"token_ids": of each completion, "logprobs": likewise}}, written by rank 0.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megapatch.models import device, parallel
+
+
+def requests(prompts: list[list[int]]) -> list:
+    """Half of them greedy, half sampled."""
+    from megapatch.models.request import Request, Sampling
+
+    kinds = Sampling(max_new_tokens=12), Sampling(max_new_tokens=12, temperature=1.0, top_k=40, top_p=0.95)
+    return [Request(prompt, kinds[i % 2], key=str(i)) for i, prompt in enumerate(prompts)]
+
+
+def run_case(folder: Path, layout: dict, prompts: list[list[int]]) -> dict:
+    """Completions of the Hugging Face folder's model at a layout, the same on every process."""
+    from megatron.core import parallel_state
+
+    from megapatch.models.build import ModelOptions, build
+    from megapatch.models.generation import Engine
+    from megapatch.models.load import load_hf
+
+    found = device.start()
+    options = parallel.Parallel(**layout)
+    parallel.start(options, found)
+    try:
+        device.seed_everything(dist.get_rank(), 0)  # different weights before loading
+        hf = json.loads((folder / "config.json").read_text())
+        chunks = build(hf, ModelOptions(options, found))
+        load_hf(chunks, folder, hf)
+        size = hf["vocab_size"]
+        engine = Engine(chunks[0], vocab_size=size, max_length=64, batch_size=3, group=dist.group.WORLD)
+        done = engine.generate(requests(prompts))
+        return {"token_ids": [c.token_ids for c in done], "logprobs": [c.logprobs for c in done]}
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def main(cases: Path, results: Path) -> None:
+    wanted = json.loads(cases.read_text())
+    found = {
+        name: run_case(Path(case["folder"]), case["layout"], wanted["prompts"])
+        for name, case in wanted["cases"].items()
+    }
+    everywhere: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    assert all(one == found for one in everywhere), "processes disagree"
+    if dist.get_rank() == 0:
+        results.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
