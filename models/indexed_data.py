@@ -5,10 +5,12 @@ the document table u64, lengths i32[n], byte offsets i64[n], document table i64[
 the end), and for multimodal data modes i8[n]. megatron-core never compares the two files; this module does.
 """
 
+import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +30,28 @@ def bin_path(prefix: str | Path) -> Path:
 def idx_path(prefix: str | Path) -> Path:
     """PREFIX.idx (the prefix may hold dots)."""
     return Path(f"{prefix}.idx")
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """PREFIX.manifest.json, written by mp-preprocess."""
+    return Path(f"{prefix}.manifest.json")
+
+
+def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
+    """What mp-preprocess says of its tokenizer, options and inputs; None for data made by another program."""
+    path = manifest_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); remove it, or make the data again with mp-preprocess") from error
+    expected = bin_path(prefix).stat().st_size if bin_path(prefix).is_file() else None
+    if not isinstance(found, dict) or found.get("bin_bytes") != expected:
+        raise UserError(
+            f"{path}: does not describe {bin_path(prefix)} ({expected} bytes); make both with mp-preprocess"
+        )
+    return found
 
 
 def dtype_for(vocab_size: int) -> np.dtype:

@@ -10,7 +10,16 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megapatch.models.cli import UserError
-from megapatch.models.indexed_data import IndexedDocuments, bin_path, dtype_for, idx_path, read_index, write_index
+from megapatch.models.indexed_data import (
+    IndexedDocuments,
+    bin_path,
+    dtype_for,
+    idx_path,
+    manifest_path,
+    read_index,
+    read_manifest,
+    write_index,
+)
 
 LENGTHS = [[], [1], [0], [3, 1, 0, 5], [7] * 1000]
 
@@ -125,6 +134,18 @@ def test_a_stale_index_beside_a_new_bin_is_refused(tmp_path: Path) -> None:
     shutil.copyfile(tmp_path / "old.idx", tmp_path / "new.idx")
     with pytest.raises(UserError, match=r"new\.bin: 18 bytes found, 20 expected by .*new\.idx"):
         IndexedDocuments(tmp_path / "new")
+
+
+def test_a_manifest_must_describe_the_data_beside_it(tmp_path: Path) -> None:
+    prefix = tmp_path / "data.v1"
+    write_ours(prefix, documents([2], np.dtype(np.int32)), np.dtype(np.int32))
+    assert read_manifest(prefix) is None
+    manifest_path(prefix).write_text('{"bin_bytes": 8}')
+    assert read_manifest(prefix) == {"bin_bytes": 8}
+    for text, message in (("{", "not JSON"), ("[]", "does not describe"), ('{"bin_bytes": 9}', "does not describe")):
+        manifest_path(prefix).write_text(text)
+        with pytest.raises(UserError, match=rf"data\.v1\.manifest\.json: {message}"):
+            read_manifest(prefix)
 
 
 def test_a_document_too_long_for_the_format_is_refused(tmp_path: Path) -> None:

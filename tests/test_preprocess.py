@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from preprocess_data import DOCUMENTS, make_tokenizer, outputs, run, write_jsonl
 
-from megapatch.models.indexed_data import IndexedDocuments
+from megapatch.models.indexed_data import IndexedDocuments, read_manifest
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.tools.preprocess import progress
 
@@ -123,13 +123,14 @@ def test_manifest_names_tokenizer_options_and_inputs(tok: Path, tmp_path: Path) 
     tokenizer = Tokenizer(tok)
     assert about["tokenizer"] == {
         "folder": str(tok),
-        "xxh3_128": tokenizer.digest,
+        "digest": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
         "eod_id": None,
     }
     assert about["options"] == {"append_eod": False, "format": "auto", "json_key": "body", "on_bad_input": "fail"}
     assert about["inputs"] == [{"path": str(source), "bytes": source.stat().st_size}]
     assert (about["dtype"], about["bin_bytes"]) == ("uint16", (tmp_path / "out.bin").stat().st_size)
+    assert read_manifest(tmp_path / "out") == about
     assert about["versions"]["megatron-core"].startswith("0.16.")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from megapatch.models.cli import UserError, opt, run, versions
 from megapatch.models.commit import staged_file
-from megapatch.models.indexed_data import bin_path, dtype_for, idx_path, write_index
+from megapatch.models.indexed_data import bin_path, dtype_for, idx_path, manifest_path, write_index
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.tools.preprocess.inputs import Chunk, InputOptions, Source, chunks, find_sources, total_bytes
 from megapatch.tools.preprocess.ledger import Counts, Ledger
@@ -146,7 +146,7 @@ def describe(
         "versions": versions(),
         "tokenizer": {
             "folder": str(options.tokenizer),
-            "xxh3_128": tokenizer.digest,
+            "digest": tokenizer.digest,
             "vocab_size": tokenizer.vocab_size,
             "eod_id": tokenizer.eod_id if options.append_eod else None,
         },
@@ -161,11 +161,6 @@ def describe(
         "counts": asdict(counts),
         "inputs": [{"path": source.label, "bytes": source.size} for source in sources],
     }
-
-
-def manifest_path(prefix: Path) -> Path:
-    """PREFIX.manifest.json."""
-    return Path(f"{prefix}.manifest.json")
 
 
 def refuse_existing(prefix: Path, force: bool) -> None:
