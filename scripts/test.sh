@@ -12,7 +12,7 @@ if [ "${1:-}" = --all ]; then
     shift
 fi
 if ! python -c 'import pytest, pytest_timeout, hypothesis' 2>/dev/null; then
-    echo "test.sh: the active environment lacks the test tools: pip install -c constraints/cpu.txt -e '.[dev]'" >&2
+    echo "test.sh: the active environment lacks the test tools: pip install -c constraints/cpu.txt -e '.[data,dev]'" >&2
     exit 1
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

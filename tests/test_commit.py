@@ -157,6 +157,43 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     assert told.stdout.startswith(f"{tmp_path}/out: disk full (") and told.stdout.count("\n") == 1
 
 
+@pytest.fixture
+def steps(monkeypatch, tmp_path) -> list[tuple[str, str]]:
+    """What is fsynced and renamed from here on, in order, by short names: (call, path)."""
+    done: list[tuple[str, str]] = []
+    stage = str(commit.staging_name(tmp_path / "deep" / "er" / "out"))
+
+    def spy(call: str, real):
+        def noted(*paths):
+            done.append((call.strip("_"), str(paths[0]).replace(stage, "STAGE").replace(str(tmp_path), "")))
+            return real(*paths)
+
+        return noted
+
+    for owner, call in ((commit, "fsync"), (commit, "_exchange"), (os, "rename"), (os, "replace")):
+        monkeypatch.setattr(owner, call, spy(call, getattr(owner, call)))
+    return done
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_is_durable_before_the_rename_and_the_name_after(name, tmp_path, steps):
+    before, write, (_, new) = CASES[name]
+    target = tmp_path / "deep" / "er" / "out"
+    if name.endswith("nothing"):
+        write(target)
+        assert steps[:2] == [("fsync", ""), ("fsync", "/deep")], "the folders that were made"
+    else:
+        target.parent.mkdir(parents=True)
+        before(target)
+        steps.clear()
+        write(target)
+    *earlier, (rename, what), last = steps
+    assert rename in ("rename", "replace", "exchange") and what == "STAGE" and last == ("fsync", "/deep/er")
+    durable = {path for call, path in earlier if call == "fsync"}
+    inside = {"STAGE"} if isinstance(new, bytes) else {"STAGE", "STAGE/a", "STAGE/sub", "STAGE/sub/b"}
+    assert durable >= inside
+
+
 def test_an_error_while_writing_keeps_the_old_output(tmp_path):
     for write, target, old in ((write_file, tmp_path / "f", b"old"), (write_folder, tmp_path / "d", OLD)):
         write(target, old)
