@@ -90,7 +90,9 @@ def test_core_trains_on_the_files(tok: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk_bytes", ["1", "37", "1000", "4194304"])
 @pytest.mark.parametrize("workers", ["1", "2", "3"])
-def test_output_does_not_depend_on_workers_or_chunks(tok: Path, tmp_path: Path, workers: str, chunk_bytes: str) -> None:
+def test_output_does_not_depend_on_workers_or_chunks(
+    tok: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: str, chunk_bytes: str
+) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     for i in range(7):
@@ -100,6 +102,7 @@ def test_output_does_not_depend_on_workers_or_chunks(tok: Path, tmp_path: Path, 
     second.write_bytes(b"\n \r\n" + second.read_bytes().rstrip())  # blank lines, none at the end
     more = ("--glob", "*.txt", "--append-eod", "--workers", workers, "--chunk-bytes", chunk_bytes)
     assert run(tok, tmp_path / "out", first, folder, second, more=more) == 0
+    assert "1 end-of-document tokens inside documents" in capfd.readouterr().err
     tokenizer = Tokenizer(tok)
     texts = [*DOCUMENTS, *(f"text {i}\r\n" * i for i in range(7)), *DOCUMENTS[:3]]
     expected = [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts if text]

@@ -57,5 +57,11 @@ class Ledger:
         assert counts.records == counts.documents + counts.empty + counts.bad, f"records lost: {counts}"
         if counts.bad:
             _LOG.warning("%s bad records skipped of %s", f"{counts.bad:,}", f"{counts.records:,}")
+        if counts.eod_inside_documents:
+            _LOG.warning(
+                "%s end-of-document tokens inside documents, where the text spells them out: a trainer that resets "
+                "positions or attention there will take them for ends",
+                f"{counts.eod_inside_documents:,}",
+            )
         if not counts.documents:
             raise UserError(f"no documents in --input ({counts.empty} empty, {counts.bad} bad); nothing was written")
