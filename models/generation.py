@@ -176,8 +176,10 @@ class _Sequence:
         self._stream: Any = None
         if self.tokenizer:
             self._stream = self.tokenizer.stream(skip_special_tokens=True)
-        for token in self.request.prompt[-_CONTEXT_TOKENS:] if self.tokenizer else ():
-            self._stream.push(token)
+            context = self.request.prompt[-_CONTEXT_TOKENS:]
+            if not self.tokenizer.decode(context).endswith("\ufffd"):  # or its half character would show in our text
+                for token in context:
+                    self._stream.push(token)
 
     @property
     def length(self) -> int:

@@ -95,6 +95,9 @@ def generate(options: Options) -> None:
     parallel.adopt_slurm()
     core = core_files.resolve(options.model) if core_files.is_core(options.model) else None
     hf = core_files.hf_config(core) if core else hf_files.config(options.model)
+    for key in ("vocab_size", "max_position_embeddings"):
+        if not isinstance(hf.get(key), int):
+            raise UserError(f"{options.model}: config.json: {key} is {hf.get(key)!r}; expected an integer")
     tokenizer = Tokenizer(options.tokenizer or core or options.model, trust_remote_code=options.trust_remote_code)
     _check(options, tokenizer, hf)
     prompts = None
