@@ -6,7 +6,7 @@ chosen by the first of them and sent to the others, so that no rounding can lead
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,15 +61,19 @@ class Engine:
         batch_size: int = 8,
         tokenizer: Tokenizer | None = None,
         group: dist.ProcessGroup | None = None,
+        on_step: Callable[[Statistics], None] | None = None,
     ) -> None:
-        """``max_length``: tokens of the longest prompt with its completion; ``group``: default tensor parallelism's."""
+        """``max_length``: tokens of the longest prompt with its completion; ``group``: default tensor parallelism's.
+
+        ``on_step`` is called after every forward pass.
+        """
         self.model: Any = unwrapped(model)
         config: Any = self.model.config
         for flag, size in {"pp": config.pipeline_model_parallel_size, "cp": config.context_parallel_size}.items():
             if size > 1:
                 raise UserError(f"--{flag} {size}: generation runs with --{flag} 1; use --tp to cut the model")
         self.vocab_size, self.max_length, self.batch_size = vocab_size, max_length, batch_size
-        self.tokenizer = tokenizer
+        self.tokenizer, self.on_step = tokenizer, on_step
         self.group = group or parallel_state.get_tensor_model_parallel_group()
         self.multiple: int = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.statistics = Statistics()
@@ -102,6 +106,8 @@ class Engine:
                 self._decode(cache, active, started)
             else:
                 return
+            if self.on_step:
+                self.on_step(self.statistics)
             yield from _retire(active, cache)
 
     def _admit(self, waiting: Iterator[tuple[int, Request]], free: int) -> "list[_Sequence]":

@@ -66,6 +66,17 @@ def test_stdout_has_only_rows_and_stderr_ends_with_rates(model: Path, capsys: py
     assert "prefill: 1 tokens in" in last and "decode: 7 tokens in" in last and last.endswith("tokens/s")
 
 
+def test_progress_is_told_every_now_and_then(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megapatch.tools.generate.results.EVERY_S", 0.0)
+    assert main(["--model", str(model), *flags(TEXTS), *SHORT, "--batch-size", "2"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "prompts done" in line]
+    assert len(told) == 16  # forward passes: 2 prompts, 8 tokens each, twice
+    assert "mp-generate: 0 of 4 prompts done, " in told[0]
+    assert "mp-generate: 2 of 4 prompts done, " in told[8]
+
+
 def test_text_and_json_lines_from_files_and_stdin_are_the_same(
     model: Path, tmp_path: Path, give_stdin: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

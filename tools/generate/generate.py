@@ -169,18 +169,19 @@ def _run(options: Options, hf: Any, tokenizer: Any, prompts: list[Any], device: 
     load_weights(chunks, options.model, hf)
     requests = [prompt.request for prompt in prompts]
     longest = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
-    engine = Engine(
-        chunks[0],
-        vocab_size=hf["vocab_size"],
-        max_length=min(longest, hf["max_position_embeddings"]),
-        batch_size=min(options.batch_size, len(requests)),
-        tokenizer=tokenizer,
-        group=dist.group.WORLD,
-    )
     with opened(options.output if dist.get_rank() == 0 else None) as file:
         results = Results(prompts, file, options.logprobs)
+        engine = Engine(
+            chunks[0],
+            vocab_size=hf["vocab_size"],
+            max_length=min(longest, hf["max_position_embeddings"]),
+            batch_size=min(options.batch_size, len(requests)),
+            tokenizer=tokenizer,
+            group=dist.group.WORLD,
+            on_step=results.tell,
+        )
         for completion in engine.run(requests):
-            results.take(completion, engine.statistics)
+            results.take(completion)
     log.info("%s", closing_line(engine.statistics))
 
 

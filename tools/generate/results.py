@@ -50,8 +50,8 @@ class Results:
         self.num_written = self.num_done = 0
         self._started = self._told = time.monotonic()
 
-    def take(self, completion: "Completion", statistics: "Statistics") -> None:
-        """Write what is next in line, and say on stderr now and then how far it is."""
+    def take(self, completion: "Completion") -> None:
+        """Write what is next in line."""
         self.waiting[completion.number] = completion
         self.num_done += 1
         while self.num_written in self.waiting:
@@ -59,9 +59,13 @@ class Results:
             self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self.file.flush()
             self.num_written += 1
-        if time.monotonic() - self._told >= EVERY_S:
-            self._told = time.monotonic()
-            rate = statistics.decode_tokens / (self._told - self._started)
+
+    def tell(self, statistics: "Statistics") -> None:
+        """Say on stderr, every now and then, how far it is."""
+        now = time.monotonic()
+        if now - self._told >= EVERY_S:
+            self._told = now
+            rate = (statistics.prefill_tokens + statistics.decode_tokens) / (now - self._started)
             log.info("%d of %d prompts done, %.1f tokens/s", self.num_done, len(self.prompts), rate)
 
     def _row(self, completion: "Completion") -> dict[str, Any]:
