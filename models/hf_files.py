@@ -171,7 +171,7 @@ def header(described: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes
         entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [at, end]}
         starts.append(at)
         at = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, [first + start for start in starts], first + at

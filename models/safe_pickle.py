@@ -88,10 +88,12 @@ _CORE, _DCP = "megatron.core.", "torch.distributed.checkpoint."
 ALLOWED: dict[tuple[str, str], Any] = {
     # classes without behaviour, and functions that only build values
     **_names("builtins", "set frozenset slice complex bytearray", Record),
+    **_names("__builtin__", "set frozenset slice complex bytearray", Record),  # the same in protocol 2
     **_names("collections", "OrderedDict", collections.OrderedDict),
     **_names("argparse", "Namespace", Record),
     **_names("types", "SimpleNamespace", Record),
     **_names("pathlib", "Path PosixPath PurePosixPath", Record),
+    **_names("pathlib._local", "Path PosixPath PurePosixPath", Record),  # Python 3.13
     **_names("io", "BytesIO", Record),
     **_names("_io", "BytesIO", Record),
     **_names("signal", "Signals", Record),

@@ -67,7 +67,7 @@ class Archive:
         self.file, self.start, self.length, self.where = file, start, length, where
         try:
             self.zip = zipfile.ZipFile(Slice(file, start, length))  # type: ignore[arg-type]
-        except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
             raise UserError(f"{where}: not a torch.save file ({error}); the file is damaged") from error
         self.records = {record.filename.partition("/")[2]: record for record in self.zip.infolist()}
 
@@ -88,9 +88,14 @@ class Archive:
         value = self.value()
         if not isinstance(value, safe_pickle.StoredTensor):
             raise UserError(f"{self.where}: holds no tensor; the file is damaged")
-        storage, first, shape, strides = value.args[:4]
-        _, dtype, key, _, _ = storage.args
-        shape = tuple(shape)
+        try:
+            storage, first, shape, strides = value.args[:4]
+            _, dtype, key, _, _ = storage.args
+            shape = tuple(shape)
+            if not all(type(n) is int and n >= 0 for n in (first, *shape)):
+                raise ValueError(f"shape {shape} from {first}")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.where}: no tensor as torch saves it ({error}); the file is damaged") from error
         if dtype not in ITEM_BYTES or (tuple(strides) != contiguous(shape) and prod(shape) > 1):
             raise UserError(
                 f"{self.where}: a tensor of dtype {dtype}, shape {shape}, strides {tuple(strides)}; "
@@ -111,7 +116,8 @@ class Archive:
         head.seek(record.header_offset + 26)  # lengths of name and extra field in the local header
         lengths = head.read(4)
         start = record.header_offset + 30 + sum(struct.unpack("<HH", lengths)) if len(lengths) == 4 else self.length
-        if record.compress_type != zipfile.ZIP_STORED or start + record.file_size > self.length:
+        inside = 0 <= record.header_offset and start + record.file_size <= self.length
+        if record.compress_type != zipfile.ZIP_STORED or not inside:
             raise UserError(f"{self.where}: record {name} is compressed or cut short; the file is damaged")
         return start, record.file_size
 

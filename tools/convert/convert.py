@@ -1,9 +1,11 @@
 """mp-convert: Hugging Face folder to megatron-core checkpoint and back, byte for byte."""
 
+import contextlib
 import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
@@ -75,10 +77,22 @@ def convert(options: Options) -> None:
         return
     refuse_existing(root, options.force)
     target = root if back else core_files.iteration_folder(root, core_files.RELEASE)
-    _write(plan, target, options)
+    with removing_empty(root):
+        _write(plan, target, options)
     if not back:
         core_files.write_tracker(root, core_files.RELEASE)
     print(target)
+
+
+@contextlib.contextmanager
+def removing_empty(root: Path) -> Iterator[None]:
+    """When the block fails, remove the folder if it is empty."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            root.rmdir()
+        raise
 
 
 def _to_hf(options: Options) -> Plan:

@@ -53,7 +53,7 @@ def plan(source: Path, dtype: str, max_shard_bytes: int | None) -> Plan:
             header, offsets, _ = hf_files.header(described)
             made.entries.append(Literal(file, 0, header))
             for (name, _, _), offset in zip(described, offsets, strict=True):
-                made.entries += _copies(by_name[name], file, offset, checkpoint)
+                made.entries += copies(by_name[name], file, offset, checkpoint)
     if len(files) > 1:
         index = hf_files.index_json(files, {w.name: _bytes(w) for w in weights}, sum(prod(w.shape) for w in weights))
         made.entries.append(Literal(hf_files.INDEX, 0, index))
@@ -132,7 +132,7 @@ def _account(checkpoint: Checkpoint, used: set[str], hf: family.HfConfig, made: 
         made.notes.append(f"left out: {len(left)} tensors and objects of training state (such as {min(left)})")
 
 
-def _copies(weight: Weight, file: str, offset: int, checkpoint: Checkpoint) -> Iterator[Copy]:
+def copies(weight: Weight, file: str, offset: int, checkpoint: Checkpoint) -> Iterator[Copy]:
     """The ranges that fill ``weight`` from byte ``offset`` of ``file``."""
     width = prod(weight.shape[1:])
     for piece in sorted(weight.pieces, key=lambda piece: piece.hf_row):
@@ -153,12 +153,8 @@ def _copies(weight: Weight, file: str, offset: int, checkpoint: Checkpoint) -> I
 
 
 def _refuse_gaps(across: Sequence["_Rectangle"], width: int, piece: Piece, checkpoint: Checkpoint) -> None:
-    column = 0
-    for chunk in across:
-        if chunk.column != column:
-            break
-        column += chunk.columns
-    if column != width or (across and across[-1].column + across[-1].columns != width):
+    edges = list(itertools.accumulate((chunk.columns for chunk in across), initial=0))
+    if [chunk.column for chunk in across] != edges[:-1] or edges[-1] != width:
         raise UserError(
             f"{checkpoint.folder / METADATA}: the chunks of {piece.tensor.key} leave a part of it out, or overlap, "
             f"at {[*piece.lead, piece.core_row]}; the checkpoint is incomplete"
