@@ -166,6 +166,7 @@ def seal(
         return {"bytes": path.stat().st_size, "xxh3_128": known.get(path) or digest(path)}
 
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    assert known.keys() <= set(paths), f"digests of files that were not written: {known.keys() - set(paths)}"
     with ThreadPoolExecutor(_THREADS) as pool:
         files = {p.relative_to(folder).as_posix(): e for p, e in zip(paths, pool.map(entry, paths), strict=True)}
     for path in [p for p in folder.rglob("*") if p.is_dir()]:

@@ -99,8 +99,8 @@ def strace(inject: str, target: Path, kind: str) -> int:
     """Write the new output under strace with a fault; the exit status (negative: killed)."""
     code = f"import sys, test_commit; from pathlib import Path; test_commit.write_{kind}(Path(sys.argv[1]))"
     command = ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"inject={inject}", sys.executable, "-Bc", code, target]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL).returncode
 
 
 def strace_works() -> bool:
@@ -128,6 +128,8 @@ def test_a_fault_at_every_system_call_leaves_old_or_new(kind, fault, tmp_path):
                 break
             faults += 1
             assert found(target) in (old, new), f"{fault} at {call} number {step}"
+        else:
+            pytest.fail(f"{call}: never done without a fault")
     assert faults >= 3
 
 
@@ -258,6 +260,28 @@ def test_the_manifest_says_what_was_written(tmp_path):
 def test_a_manifest_inside_a_folder_is_a_file_like_others(tmp_path):
     write_folder(tmp_path / "out", {"sub/manifest.json": b"{}", "manifest.json": b"{}"})
     assert list(commit.read_manifest(tmp_path / "out")["files"]) == ["sub/manifest.json"]
+
+
+def test_a_digest_that_is_known_is_taken_over_and_a_wrong_one_is_found(tmp_path):
+    right = commit.xxhash.xxh3_128_hexdigest(b"new")
+    for name, given in (("right", {"a": right}), ("wrong", {"a": "0" * 32})):
+        with commit.staged_folder(tmp_path / name, tool="test", digests=given) as stage:
+            (stage / "a").write_bytes(b"new")
+    assert commit.verify(tmp_path / "right")
+    with pytest.raises(UserError, match="wrong/a: content differs"):
+        commit.verify(tmp_path / "wrong")
+    with pytest.raises(AssertionError, match="not written"):
+        with commit.staged_folder(tmp_path / "none", tool="test", digests={"b": right}):
+            pass
+
+
+def test_processes_that_verify_together_read_every_file_once(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", {f"f{i}": bytes([i]) for i in range(7)})
+    real, read = commit.digest, []
+    monkeypatch.setattr(commit, "digest", lambda path: (read.append(path.name), real(path))[1])
+    for i in range(3):
+        assert commit.verify(tmp_path / "out", share=(i, 3))
+    assert sorted(read) == [f"f{i}" for i in range(7)]
 
 
 def test_every_flipped_bit_is_found(tmp_path):
