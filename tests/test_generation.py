@@ -213,6 +213,14 @@ def test_no_part_of_a_character_is_shown(models: dict[str, torch.nn.Module], tmp
     assert held_back > 0, "the case never came up"
 
 
+def test_generation_leaves_no_inference_tensor_where_training_will_find_it(models: dict[str, torch.nn.Module]) -> None:
+    assert tokens(models["llama"], [Request(PROMPTS[0], Sampling(max_new_tokens=2))], max_length=13)
+    table = models["llama"].rotary_pos_emb  # type: ignore[operator]
+    hits = type(table).forward.cache_info().hits
+    assert not table(13, packed_seq=False, cp_group=None).is_inference()  # type: ignore[operator]
+    assert type(table).forward.cache_info().hits == hits + 1, "the one that generation made"
+
+
 def test_training_is_as_before_after_generating(models: dict[str, torch.nn.Module]) -> None:
     model = models["qwen3_moe"].train()
     ids = torch.tensor([PROMPTS[3][:8], PROMPTS[4][:8]])
