@@ -63,6 +63,10 @@ class CoreWriter:
         self._places.append((_INDEX(key, offset), _STORED(file, base, blob.size)))
         return file, base + blob.data_offset
 
+    def dtype(self, key: str) -> str | None:
+        """The dtype of a tensor that has a chunk already."""
+        return self.tensors[key][0] if key in self.tensors else None
+
     def object(self, key: str) -> None:
         """Add an empty object (what a module without extra state saves)."""
         self.objects.append(key)

@@ -66,7 +66,7 @@ class Family:
             if hf.get(key, value) != value:
                 raise UserError(f"config.json: {key} is {hf[key]!r}; {self.model_type} supports {value!r} only")
         refuse_windows(hf)
-        return FIXED | self.fixed | {k: _read(hf, s) for k, s in {**READS, **self.reads}.items()}
+        return {**FIXED, **self.fixed, **{k: _read(hf, s) for k, s in {**READS, **self.reads}.items()}}
 
     def model_rules(self, hf: HfConfig) -> tuple[Rule, ...]:
         """The weight rules that hold for this config.json: a tied output layer has no weight of its own."""
@@ -88,7 +88,12 @@ def stacked_layers(hf: HfConfig) -> bool:
 
 def _read(hf: HfConfig, source: Source) -> Any:
     if callable(source):
-        return source(hf)
+        try:
+            return source(hf)
+        except KeyError as error:
+            raise UserError(
+                f"config.json: no {error.args[0]}; is it the config.json of a model of this type?"
+            ) from error
     for key in source.split("|"):
         if hf.get(key) is not None:
             return hf[key]

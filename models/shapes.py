@@ -7,8 +7,8 @@ m feed-forward of an expert, s of the shared expert.
 from math import prod
 
 from megapatch.models.cli import UserError
-from megapatch.models.family import HfConfig, find, placed_rules
-from megapatch.models.rules import CORE, Rule
+from megapatch.models.family import HfConfig, find, placed_rules, rope, stacked_layers
+from megapatch.models.rules import CORE, Placed, Rule
 
 SHAPES: dict[str, tuple[str, ...]] = {  # core name without its layer -> shape of each Hugging Face part
     "embedding.word_embeddings.weight": ("v h",),
@@ -36,6 +36,8 @@ def sizes(hf: HfConfig) -> dict[str, int]:
     head, heads, groups = core["kv_channels"], core["num_attention_heads"], core["num_query_groups"]
     if heads % groups:
         raise UserError(f"config.json: {heads} attention heads do not divide into {groups} groups (key-value heads)")
+    if "vocab_size" not in hf:
+        raise UserError("config.json: no vocab_size; is it the config.json of a model?")
     return {
         "v": hf["vocab_size"],
         "h": core["hidden_size"],
@@ -49,12 +51,35 @@ def sizes(hf: HfConfig) -> dict[str, int]:
     }
 
 
+def part_shapes(rule: Rule, letters: dict[str, int]) -> list[tuple[int, ...]]:
+    """The shape of each Hugging Face part of a rule; ``letters`` from ``sizes``."""
+    return [tuple(letters[letter] for letter in shape.split()) for shape in SHAPES[rule.core.removeprefix(CORE)]]
+
+
 def num_parameters(hf: HfConfig) -> int:
     """How many weights the model has."""
     letters = sizes(hf)
     return sum(prod(shape) for placed in placed_rules(hf) for shape in part_shapes(placed.rule, letters))
 
 
-def part_shapes(rule: Rule, letters: dict[str, int]) -> list[tuple[int, ...]]:
-    """The shape of each Hugging Face part of a rule; ``letters`` from ``sizes``."""
-    return [tuple(letters[letter] for letter in shape.split()) for shape in SHAPES[rule.core.removeprefix(CORE)]]
+class Layout:
+    """What a config.json says of the weights, worked out once."""
+
+    def __init__(self, hf: HfConfig) -> None:
+        rope(hf)  # refuses kinds of RoPE that no layer here computes
+        self.model_type = find(hf).model_type
+        self.placed = placed_rules(hf)
+        self.stacked = stacked_layers(hf)
+        config = find(hf).transformer_config(hf)
+        self.groups: int = config["num_query_groups"]
+        self._layers, self._experts = config["num_layers"], config.get("num_moe_experts")
+        self._letters = sizes(hf)
+
+    def parts(self, placed: Placed) -> list[tuple[int, ...]]:
+        """The shape of each Hugging Face part."""
+        return part_shapes(placed.rule, self._letters)
+
+    def axes(self, placed: Placed, stacked: bool) -> list[tuple[int, int]]:
+        """(index, size) of the core tensor's axes before those of the weight: layers where stacked, experts."""
+        axes = [(placed.layer, self._layers)] if stacked and placed.layer is not None else []
+        return axes + ([(placed.expert, self._experts)] if placed.expert is not None else [])

@@ -123,6 +123,7 @@ def described(line: dict, made: Path) -> bytes:
 @pytest.mark.parametrize("dtype, kind", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
 def test_a_cast_gives_what_torch_gives(dtype, kind, tmp_path):
     source = make(tmp_path / "hf", "qwen2", dtype=torch.float32)
+    replaced(source, model__layers__1__self_attn__k_proj__weight=torch.randn(16, 32).half())  # dtypes may differ
     convert(source, tmp_path / "core", "--dtype", dtype)
     back = weights(convert(tmp_path / "core", tmp_path / "back"))
     for name, tensor in weights(source).items():
@@ -220,7 +221,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "integers": (lambda f: replaced(f, model__norm__weight=torch.ones(32).int()), "dtype int32 is not supported"),
     "mixed dtypes": (
         lambda f: replaced(f, model__layers__0__self_attn__k_proj__weight=torch.ones(32, 32)),
-        "k_proj.weight: float32, but it is fused with a tensor of bfloat16",
+        "q_proj.weight: bfloat16, but core stores it with weights of float32; choose --dtype",
+    ),
+    "mixed layers": (
+        lambda f: replaced(f, model__layers__2__input_layernorm__weight=torch.ones(32)),
+        "model.layers.2.input_layernorm.weight: float32, but core stores it with weights of bfloat16; choose --dtype",
     ),
     "cut short": (lambda f: truncated(f / "model.safetensors"), "model.safetensors: "),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .safetensors file"),

@@ -21,7 +21,7 @@ FAMILY = Family(
     reads=MOE_READS
     | {
         "moe_ffn_hidden_size": "moe_intermediate_size",
-        "moe_router_pre_softmax": lambda hf: not hf["norm_topk_prob"],
+        "moe_router_pre_softmax": lambda hf: not hf.get("norm_topk_prob", False),
         "moe_layer_freq": lambda hf: moe_layers(hf) if 0 in moe_layers(hf) else 1,  # 1: stacked checkpoint keys
     },
     only={"attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"},

@@ -105,10 +105,11 @@ def _config(options: Options, settings: dict[str, Any]) -> Any:
     else:
         base = {"model_type": options.model_type}
     model_type = family.find(base).model_type
-    known = AutoConfig.for_model(model_type)
+    defaults = AutoConfig.for_model(model_type)
+    known = {*defaults.to_dict(), *base, *family.find(base).tiny, "rope_theta", "rope_scaling"}
     for key in settings:
-        if not hasattr(known, key) and key not in base:
-            near = difflib.get_close_matches(key, known.to_dict(), 1)
+        if key not in known and not hasattr(defaults, key):
+            near = difflib.get_close_matches(key, known, 1)
             raise UserError(f"--set {key}: no such setting of {model_type}{f'; {near[0]}?' if near else ''}")
     if "num_hidden_layers" in settings and "layer_types" not in settings:
         base.pop("layer_types", None)  # one entry a layer; transformers makes it anew

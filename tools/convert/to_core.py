@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from megapatch.models import family, hf_files
 from megapatch.models.cli import UserError
 from megapatch.models.core_files import HF_SUBFOLDER
 from megapatch.models.core_write import CoreWriter
 from megapatch.models.rules import CORE, Placed
-from megapatch.models.shapes import part_shapes, sizes
+from megapatch.models.shapes import Layout
 from megapatch.models.torch_save import ITEM_BYTES
 from megapatch.tools.convert.plan import DTYPES, Copy, Literal, Part, Plan
 
@@ -21,18 +20,19 @@ _FILE_BYTES = 1 << 28
 def plan(source: Path, dtype: str) -> Plan:
     """The copy list that makes the checkpoint folder; ``dtype``: keep, bf16, fp16 or fp32."""
     hf = hf_files.config(source)
+    layout = Layout(hf)
     found = hf_files.tensors(source)
-    family.rope(hf)  # refuses kinds of RoPE that no layer here computes
-    placed = family.placed_rules(hf)
     made = Plan()
-    _account(hf, placed, found, made)
+    _account(hf, layout, found, made)
     total = sum(t.size for t in found.values())
     writer = CoreWriter(max(1, min(8, total // _FILE_BYTES), total // (_FILE_BYTES << 4)))
-    for rule in placed:
-        made.entries += _tensor(rule, hf, found, writer, dtype)
-    for key in extra_states(placed, family.stacked_layers(hf), hf):
+    for placed in layout.placed:
+        made.entries += _tensor(placed, layout, [found[name] for name in placed.hf], writer, dtype)
+    for key in extra_states(layout):
         writer.object(key)
-    made.entries += [Literal(*part) for part in writer.rest(_common(hf))]
+    content = {"singleton_local_shards": False, "non_homogeneous_layers": not layout.stacked}
+    common = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}
+    made.entries += [Literal(*part) for part in writer.rest(common)]
     for name, path in hf_files.side_files(source).items():
         made.add_file(path, f"{HF_SUBFOLDER}/{name}")
     if (source / hf_files.INDEX).is_file():  # so that the way back gives the same files
@@ -40,23 +40,24 @@ def plan(source: Path, dtype: str) -> Plan:
     return made.finish()
 
 
-def _account(hf: family.HfConfig, placed: Sequence[Placed], found: dict[str, hf_files.Tensor], made: Plan) -> None:
+def _account(hf: family.HfConfig, layout: Layout, found: dict[str, hf_files.Tensor], made: Plan) -> None:
     """Refuse a missing tensor, and one that has no place in the model."""
-    wanted = {name for rule in placed for name in rule.hf}
-    for name in wanted - found.keys():
-        raise UserError(f"{name}: missing in the source; config.json ({hf['model_type']}) asks for it")
+    wanted = {name for placed in layout.placed for name in placed.hf}
+    for name in sorted(wanted - found.keys()):
+        raise UserError(f"{name}: missing in the source; config.json ({layout.model_type}) asks for it")
+    twins = tied(hf)
     for name in sorted(found.keys() - wanted):
-        twin = tied(hf).get(name)
+        twin = twins.get(name)
         if name.endswith(_BUFFERS):
             made.notes.append(f"{name}: left out; it is computed from config.json")
-        elif twin in found and same_bytes(found[name], found[twin]):
+        elif twin and same_bytes(found[name], found[twin]):
             made.notes.append(f"{name}: left out; it is equal to {twin}, and config.json ties them")
         elif twin:
             raise UserError(
                 f"{name}: differs from {twin}, but config.json ties them; set tie_word_embeddings to false to keep it"
             )
         else:
-            raise UserError(f"{name}: has no place in a {hf['model_type']} model; is this the right config.json?")
+            raise UserError(f"{name}: has no place in a {layout.model_type} model; is this the right config.json?")
 
 
 def tied(hf: family.HfConfig) -> dict[str, str]:
@@ -82,23 +83,20 @@ def same_bytes(a: hf_files.Tensor, b: hf_files.Tensor) -> bool:
 
 
 def _tensor(
-    rule: Placed, hf: family.HfConfig, found: dict[str, hf_files.Tensor], writer: CoreWriter, dtype: str
+    placed: Placed, layout: Layout, parts: Sequence[hf_files.Tensor], writer: CoreWriter, dtype: str
 ) -> Iterator[Copy]:
-    core, letters = family.find(hf).transformer_config(hf), sizes(hf)
-    stacked = family.stacked_layers(hf)
-    parts = [found[name] for name in rule.hf]
-    for part, shape in zip(parts, part_shapes(rule.rule, letters), strict=True):
-        _check(part, shape, parts[0].dtype)
-    target = DTYPES.get(dtype, parts[0].dtype)
+    for part, shape in zip(parts, layout.parts(placed), strict=True):
+        _check(part, shape)
+    key, target = placed.key(layout.stacked), DTYPES.get(dtype, parts[0].dtype)
+    for other in {target, writer.dtype(key) or target, *(part.dtype for part in parts)} - {target}:
+        if dtype == "keep":
+            raise UserError(f"{parts[0].name}: {target}, but core stores it with weights of {other}; choose --dtype")
     rows, rest = [part.shape[0] for part in parts], parts[0].shape[1:]
-    shape = (sum(rows), *rest)
-    axes = leading_axes(rule, stacked, core)
+    shape, axes = (sum(rows), *rest), layout.axes(placed, layout.stacked)
     lead, at = tuple(size for _, size in axes), tuple(place for place, _ in axes)
-    file, offset = writer.tensor(
-        rule.key(stacked), target, (*lead, *shape), (*at, *[0] * len(shape)), (*[1] * len(lead), *shape)
-    )
+    file, offset = writer.tensor(key, target, (*lead, *shape), (*at, *[0] * len(shape)), (*[1] * len(lead), *shape))
     width = rest[0] if rest else 1
-    for block in rule.rule.blocks(rows, core["num_query_groups"]):
+    for block in placed.rule.blocks(rows, layout.groups):
         part = parts[block.part]
         start = part.offset + block.start * width * ITEM_BYTES[part.dtype]
         origin = Part(part.file, start, block.rows * width)
@@ -107,7 +105,7 @@ def _tensor(
         offset += copy.size
 
 
-def _check(part: hf_files.Tensor, shape: tuple[int, ...], dtype: str) -> None:
+def _check(part: hf_files.Tensor, shape: tuple[int, ...]) -> None:
     if part.shape != shape:
         raise UserError(
             f"{part.name}: shape {list(part.shape)} in {part.file.name}, {list(shape)} in config.json; "
@@ -115,31 +113,18 @@ def _check(part: hf_files.Tensor, shape: tuple[int, ...], dtype: str) -> None:
         )
     if part.dtype not in _FLOATS:
         raise UserError(f"{part.name}: dtype {part.dtype} is not supported; supported: {', '.join(_FLOATS)}")
-    if part.dtype != dtype:
-        raise UserError(f"{part.name}: {part.dtype}, but it is fused with a tensor of {dtype}; choose one with --dtype")
 
 
-def leading_axes(rule: Placed, stacked: bool, core: dict[str, Any]) -> list[tuple[int, int]]:
-    """(index, size) of the axes before those of the weight: layers where they are stacked, experts."""
-    axes = [(rule.layer, core["num_layers"])] if stacked and rule.layer is not None else []
-    return axes + ([(rule.expert, core["num_moe_experts"])] if rule.expert is not None else [])
-
-
-def extra_states(placed: Sequence[Placed], stacked: bool, hf: family.HfConfig) -> Iterator[str]:
+def extra_states(layout: Layout) -> Iterator[str]:
     """Keys of the empty objects that any layer specification may ask for; core tolerates more than it asks for."""
-    core, seen = family.find(hf).transformer_config(hf), set()
-    for rule in placed:
-        module, _, kind = rule.key(stacked).rpartition(".")
+    seen = set()
+    for placed in layout.placed:
+        module, _, kind = placed.key(layout.stacked).rpartition(".")
         modules = [module] if (kind == "weight" and "linear_" in module) or "layernorm" in module else []
-        if rule.rule.core == CORE + "self_attention.linear_proj.weight":
+        if placed.rule.core == CORE + "self_attention.linear_proj.weight":
             modules.append(module.replace("linear_proj", "core_attention"))
-        axes = leading_axes(rule, stacked, core) or [(0, 1)]
+        axes = layout.axes(placed, layout.stacked) or [(0, 1)]
         place, size = (".".join(str(axis[n]) for axis in axes) for n in (0, 1))
         keys = [f"{name}._extra_state/shard_{place}_{size}" for name in modules]
         yield from (key for key in keys if key not in seen)
         seen.update(keys)
-
-
-def _common(hf: family.HfConfig) -> dict[str, Any]:
-    layers = {"singleton_local_shards": False, "non_homogeneous_layers": not family.stacked_layers(hf)}
-    return {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": layers}

@@ -7,14 +7,13 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from megapatch.models import family, hf_files
+from megapatch.models import hf_files
 from megapatch.models.cli import UserError
 from megapatch.models.core_files import HF_SUBFOLDER, METADATA, Checkpoint, Chunk, Tensor, hf_config
 from megapatch.models.rules import Placed
-from megapatch.models.shapes import part_shapes, sizes
+from megapatch.models.shapes import Layout
 from megapatch.models.torch_save import ITEM_BYTES
 from megapatch.tools.convert.plan import DTYPES, Copy, Literal, Part, Plan
-from megapatch.tools.convert.to_core import leading_axes
 
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # core may store more rows than the vocabulary
 _STATE = re.compile(r"(?:^|\.)(optimizer|rng_state|rerun_state_machine_state|opt_param_scheduler)(?:\.|/|$)")
@@ -41,10 +40,10 @@ class Weight(NamedTuple):
 
 def plan(source: Path, dtype: str, max_shard_bytes: int | None) -> Plan:
     """The copy list that makes the Hugging Face folder; ``dtype``: keep, bf16, fp16 or fp32."""
-    hf = hf_config(source)
+    layout = Layout(hf_config(source))
     made = Plan()
     with Checkpoint(source) as checkpoint:
-        weights = _weights(hf, checkpoint, made)
+        weights = _weights(layout, checkpoint, made)
         weights = [w._replace(dtype=DTYPES.get(dtype, w.dtype)) for w in weights]
         files = _files(source, weights, max_shard_bytes)
         by_name = {weight.name: weight for weight in weights}
@@ -54,7 +53,7 @@ def plan(source: Path, dtype: str, max_shard_bytes: int | None) -> Plan:
             made.entries.append(Literal(file, 0, header))
             for (name, _, _), offset in zip(described, offsets, strict=True):
                 made.entries += copies(by_name[name], file, offset, checkpoint)
-    if len(files) > 1:
+    if list(files) != [hf_files.SINGLE]:
         index = hf_files.index_json(files, {w.name: _bytes(w) for w in weights}, sum(prod(w.shape) for w in weights))
         made.entries.append(Literal(hf_files.INDEX, 0, index))
     for name, path in hf_files.side_files(source / HF_SUBFOLDER).items():
@@ -76,42 +75,37 @@ def _files(source: Path, weights: Sequence[Weight], max_shard_bytes: int | None)
     return {file: list(group) for file, group in itertools.groupby(order, key=lambda name: original[name])}
 
 
-def _weights(hf: family.HfConfig, checkpoint: Checkpoint, made: Plan) -> list[Weight]:
-    placed = family.placed_rules(hf)
-    family.rope(hf)
-    core, letters, used = family.find(hf).transformer_config(hf), sizes(hf), set()
-    weights = []
-    for rule in placed:
-        tensor, stacked = _find(rule, checkpoint)
+def _weights(layout: Layout, checkpoint: Checkpoint, made: Plan) -> list[Weight]:
+    used, weights = set(), []
+    for placed in layout.placed:
+        tensor, stacked = _find(placed, checkpoint)
         used.add(tensor.key)
-        shapes = part_shapes(rule.rule, letters)
-        axes = leading_axes(rule, stacked, core)
-        _check(rule, tensor, (*(size for _, size in axes), sum(s[0] for s in shapes), *shapes[0][1:]))
+        shapes, axes = layout.parts(placed), layout.axes(placed, stacked)
+        _check(placed, tensor, (*(size for _, size in axes), sum(s[0] for s in shapes), *shapes[0][1:]))
         pieces: list[list[Piece]] = [[] for _ in shapes]
-        at = 0
-        for block in rule.rule.blocks([s[0] for s in shapes], core["num_query_groups"]):
-            lead = tuple(place for place, _ in axes)
+        lead, at = tuple(place for place, _ in axes), 0
+        for block in placed.rule.blocks([s[0] for s in shapes], layout.groups):
             pieces[block.part].append(Piece(tensor, lead, at, block.start, block.rows))
             at += block.rows
-        weights += [Weight(n, tensor.dtype, s, p) for n, s, p in zip(rule.hf, shapes, pieces, strict=True)]
-    _account(checkpoint, used, hf, made)
+        weights += [Weight(n, tensor.dtype, s, p) for n, s, p in zip(placed.hf, shapes, pieces, strict=True)]
+    _account(checkpoint, used, layout.model_type, made)
     return weights
 
 
-def _find(rule: Placed, checkpoint: Checkpoint) -> tuple[Tensor, bool]:
+def _find(placed: Placed, checkpoint: Checkpoint) -> tuple[Tensor, bool]:
     """The tensor that holds a weight, and whether layers are an axis of it (both are in use)."""
     for stacked in (True, False):
-        if rule.key(stacked) in checkpoint.tensors:
-            return checkpoint.tensors[rule.key(stacked)], stacked
+        if placed.key(stacked) in checkpoint.tensors:
+            return checkpoint.tensors[placed.key(stacked)], stacked
     raise UserError(
-        f"{checkpoint.folder / METADATA}: no {rule.key(True)} and no {rule.key(False)}; "
+        f"{checkpoint.folder / METADATA}: no {placed.key(True)} and no {placed.key(False)}; "
         f"{HF_SUBFOLDER}/config.json asks for it: is it the right config.json?"
     )
 
 
-def _check(rule: Placed, tensor: Tensor, expected: tuple[int, ...]) -> None:
+def _check(placed: Placed, tensor: Tensor, expected: tuple[int, ...]) -> None:
     found = tensor.shape
-    if rule.rule.core in _PADDED and len(found) == len(expected) and found[0] > expected[0]:
+    if placed.rule.core in _PADDED and len(found) == len(expected) and found[0] > expected[0]:
         found = (expected[0], *found[1:])
     if found != expected:
         raise UserError(
@@ -122,11 +116,11 @@ def _check(rule: Placed, tensor: Tensor, expected: tuple[int, ...]) -> None:
         raise UserError(f"{tensor.key}: dtype {tensor.dtype} is not supported; supported: {', '.join(DTYPES.values())}")
 
 
-def _account(checkpoint: Checkpoint, used: set[str], hf: family.HfConfig, made: Plan) -> None:
+def _account(checkpoint: Checkpoint, used: set[str], model_type: str, made: Plan) -> None:
     """Refuse tensors of the model that have no place in it; name the training state that is left out."""
     state = {key for key in checkpoint.tensors if _STATE.search(key)}
     for key in sorted(checkpoint.tensors.keys() - used - state):
-        raise UserError(f"{key}: in the checkpoint, but has no place in a {hf['model_type']} model")
+        raise UserError(f"{key}: in the checkpoint, but has no place in a {model_type} model")
     left = state | {key for key in checkpoint.objects if "_extra_state" not in key}
     if left:
         made.notes.append(f"left out: {len(left)} tensors and objects of training state (such as {min(left)})")
