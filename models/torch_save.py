@@ -67,7 +67,7 @@ class Archive:
         self.file, self.start, self.length, self.where = file, start, length, where
         try:
             self.zip = zipfile.ZipFile(Slice(file, start, length))  # type: ignore[arg-type]
-        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
+        except (zipfile.BadZipFile, RuntimeError, OSError, ValueError, struct.error) as error:
             raise UserError(f"{where}: not a torch.save file ({error}); the file is damaged") from error
         self.records = {record.filename.partition("/")[2]: record for record in self.zip.infolist()}
 
