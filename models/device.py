@@ -66,7 +66,7 @@ class Device:
             "apply_rope_fusion": self.transformer_engine,
             "gradient_accumulation_fusion": False,  # needs Apex
             "persist_layer_norm": False,  # needs Apex
-            "deallocate_pipeline_outputs": True,
+            "deallocate_pipeline_outputs": fused,  # gloo still reads what was sent; a GPU's stream keeps the order
         }
 
     def generator_state(self) -> dict[str, Any]:

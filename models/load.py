@@ -1,7 +1,8 @@
 """Weights into a model, at any layout: from a core checkpoint, or straight from a Hugging Face folder.
 
-Of a Hugging Face folder each process reads only its own slices. megatron-core's own sharding metadata says which part of which tensor a process holds; the weight rules say which rows
-of which Hugging Face tensors those are. No rule about tensor parallelism is written down twice.
+Of a Hugging Face folder each process reads only its own slices. megatron-core's own sharding metadata says which part
+of which tensor a process holds; the weight rules say which rows of which Hugging Face tensors those are. No rule about
+tensor parallelism is written down twice.
 """
 
 import json

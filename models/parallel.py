@@ -86,6 +86,9 @@ class Parallel(Common):
             "expert_model_parallel_size": self.ep,
             "expert_tensor_parallel_size": self.expert_tp,
             "sequence_parallel": self.sequence_parallel,
+            # batched sends between the same two ranks would meet the wrong receives (--pp 2 with --vpp)
+            "overlap_p2p_comm": self.vpp is not None,
+            "batch_p2p_comm": self.vpp is None,
         }
 
 

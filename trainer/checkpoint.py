@@ -1,7 +1,7 @@
 """Checkpoints of a training run: model, optimizer, schedule, generators, place in the data; either old or new.
 
-Weights and optimizer are saved free of the layout, so TP, PP and DP may change on resume. Generators are per process and
-are restored where the layout is the same, which makes the resumed run equal to the bit.
+Weights and optimizer are saved free of the layout, so TP, PP and DP may change on resume. Generators are per process
+and are restored where the layout is the same, which makes the resumed run equal to the bit.
 """
 
 import json
@@ -25,7 +25,10 @@ from megapatch.models.tokenizer import copy_tokenizer, find_tokenizer
 from megapatch.trainer.session import Session
 
 log = logging.getLogger(__name__)
-CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}  # megatron-core adds to what it is given: pass copies
 REMEMBERED = ("seed", "seq_length", "global_batch_size", "train_iters", "data_path", "split")  # decide the data order
 
 
@@ -103,9 +106,10 @@ def _state(session: Session, *, loading: bool, same_layout: bool = True) -> dict
     """The run's state as megatron-core shards it."""
     names = ["model"] if len(session.models) == 1 else [f"model{i}" for i in range(len(session.models))]
     state: dict[str, Any] = {
-        name: model.sharded_state_dict(metadata=CONTENT) for name, model in zip(names, session.models, strict=True)
+        name: model.sharded_state_dict(metadata=dict(CONTENT))
+        for name, model in zip(names, session.models, strict=True)
     }
-    state["optimizer"] = session.optimizer.sharded_state_dict(state, is_loading=loading, metadata=CONTENT)
+    state["optimizer"] = session.optimizer.sharded_state_dict(state, is_loading=loading, metadata=dict(CONTENT))
     if same_layout:
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         state["generators"] = ShardedObject(

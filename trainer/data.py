@@ -58,8 +58,8 @@ def check_data(prefixes: list[str], tokenizer: Tokenizer, vocab_size: int) -> No
     """Refuse data that this model cannot train on: damaged pairs, another tokenizer, ids beyond the vocabulary."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary only {vocab_size}; "
-            "use the model's own tokenizer, or a model with a larger vocab_size"
+            f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {vocab_size};"
+            " use the model's own tokenizer, or a model with a larger vocab_size"
         )
     for prefix in prefixes:
         read_index(prefix)

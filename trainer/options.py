@@ -65,10 +65,6 @@ class TrainOptions(Parallel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.model is None) == (self.init_from is None):
-            raise ValueError(
-                "give one of --model (weights to start from) and --init-from (config.json for random ones)"
-            )
         for flag in (
             "seq_length",
             "micro_batch_size",
@@ -79,22 +75,30 @@ class TrainOptions(Parallel):
         ):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: must be at least 1")
-        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
-            raise ValueError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
-        if self.lr_schedule == "wsd" and not self.lr_wsd_decay_iters:
-            raise ValueError("--lr-schedule wsd needs --lr-wsd-decay-iters")
-        if self.lr_wsd_decay_iters and self.lr_schedule != "wsd":
-            raise ValueError("--lr-wsd-decay-iters needs --lr-schedule wsd")
-        if self.lr_warmup_iters >= (self.lr_decay_iters or self.train_iters):
-            raise ValueError("--lr-warmup-iters must be below --lr-decay-iters (or --train-iters)")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"--min-lr {self.min_lr}: must be between 0 and --lr {self.lr}")
-        if self.cp > 1 and self.seq_length % (2 * self.cp):
-            raise ValueError(f"--seq-length {self.seq_length}: must be divisible by 2 x --cp = {2 * self.cp}")
-        if self.sequence_parallel and self.seq_length // self.cp % self.tp:
-            raise ValueError(
-                f"--seq-length {self.seq_length}: must be divisible by --cp x --tp with --sequence-parallel"
-            )
+        decay = self.lr_decay_iters or self.train_iters
+        refused = {
+            "give one of --model (weights to start from) and --init-from (config.json for random ones)": (
+                (self.model is None) == (self.init_from is None)
+            ),
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce": (
+                self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce)
+            ),
+            "--lr-schedule wsd and --lr-wsd-decay-iters need each other": (
+                (self.lr_schedule == "wsd") != bool(self.lr_wsd_decay_iters)
+            ),
+            f"--lr-warmup-iters {self.lr_warmup_iters}: must be below {decay}, the steps until --min-lr is reached": (
+                self.lr_warmup_iters >= decay
+            ),
+            f"--min-lr {self.min_lr}: must be between 0 and --lr {self.lr}": not 0 <= self.min_lr <= self.lr,
+            f"--seq-length {self.seq_length}: must be divisible by 2 x --cp": (
+                self.cp > 1 and self.seq_length % (2 * self.cp) != 0
+            ),
+            f"--seq-length {self.seq_length}: must be divisible by --cp x --tp with --sequence-parallel": (
+                self.sequence_parallel and self.seq_length // self.cp % self.tp != 0
+            ),
+        }
+        for message in (text for text, wrong in refused.items() if wrong):
+            raise ValueError(message)
 
     @property
     def log_path(self) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megapatch.models.cli import UserError, run, versions
+from megapatch.models.cli import run, versions
 from megapatch.trainer.options import PretrainOptions
 
 if TYPE_CHECKING:

@@ -131,13 +131,13 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group, ctx.shape = group, x.shape
-        out = x.new_empty((group.size(), *x.shape))
+        out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
         torch.distributed.all_gather_into_tensor(out, x, group=group)
         return out.view(group.size(), 2, x.shape[0] // 2, *x.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous().view(ctx.group.size(), *ctx.shape)
+        grad = grads[0].contiguous().view(-1, *ctx.shape[1:])
         out = grad.new_empty(ctx.shape)
         torch.distributed.reduce_scatter_tensor(out, grad, group=ctx.group)
         return out, None

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 from megapatch.models.layers.attention import SdpaAttention
 from megapatch.models.layers.kv_cache import CachedSelfAttention
 from megapatch.models.layers.norm import RMSNorm
+from megapatch.models.layers.router import Router
 
 ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}  # dense layers only, as Transformer Engine fuses them
@@ -38,6 +39,9 @@ def block_spec(
                 layer.submodules.self_attention.module = CachedSelfAttention
     else:
         layers, norm = [layer_spec(config, moe) for moe in mixture_layers(config)], RMSNorm
+    for layer, mixture in zip(layers, mixture_layers(config), strict=True):
+        if mixture:
+            layer.submodules.mlp.submodules.router = Router
     start = get_transformer_layer_offset(config, vp_stage=vp_stage)
     stop = start + get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers[start:stop], layer_norm=norm)

@@ -1,9 +1,14 @@
 """What megatron-core 0.16.1 needs replaced to run without a GPU or without Transformer Engine."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor
 
 from megapatch.models.patches import Patch, apply
 
@@ -21,6 +26,40 @@ def set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = 
 def splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """A CPU tensor as it is, or as numpy: gloo takes split sizes as integers, not as a tensor."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+_even_gather, _even_reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+
+def gather_first_dim(
+    x: Tensor, group: Any, output_split_sizes: Sequence[int] | None = None, use_global_buffer: bool = False
+) -> Tensor:
+    """[n, ...] -> [sum of n over ranks, ...]; uneven parts are padded on the way."""
+    if output_split_sizes is None or group.size() == 1:
+        return _even_gather(x, group, None, use_global_buffer)
+    most = max(output_split_sizes)
+    out = x.new_empty((group.size() * most, *x.shape[1:]))
+    dist.all_gather_into_tensor(out, _padded(x, most), group=group)
+    return torch.cat([part[:n] for part, n in zip(out.split(most), output_split_sizes, strict=True)])
+
+
+def reduce_scatter_first_dim(
+    x: Tensor, group: Any, input_split_sizes: Sequence[int] | None = None, use_global_buffer: bool = False
+) -> Tensor:
+    """[sum of n over ranks, ...] -> this rank's [n, ...], summed; uneven parts are padded on the way."""
+    if input_split_sizes is None or group.size() == 1:
+        return _even_reduce_scatter(x, group, None, use_global_buffer)
+    most = max(input_split_sizes)
+    sizes = [int(n) for n in input_split_sizes]
+    parts = torch.cat([_padded(part, most) for part in x.split(sizes)])
+    out = x.new_empty((most, *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, parts, group=group)
+    return out[: sizes[group.rank()]]
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """[n, ...] -> [rows, ...], zeros after the end."""
+    return F.pad(x, [0, 0] * (x.dim() - 1) + [0, int(rows) - x.shape[0]])
 
 
 CPU_PATCHES = (
@@ -41,6 +80,18 @@ CPU_PATCHES = (
         splits_to_host,
         "8fc5847a887d",
         "the all-to-all dispatcher turns split sizes into integers only when they are on a GPU",
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
+        gather_first_dim,
+        "44633fe36d60",
+        "gloo gathers equal parts only; experts with --etp get unequal numbers of tokens",
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.mappings:_reduce_scatter_along_first_dim",
+        reduce_scatter_first_dim,
+        "7322068fab71",
+        "gloo scatters equal parts only; experts with --etp get unequal numbers of tokens",
     ),
 )
 
