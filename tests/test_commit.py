@@ -197,11 +197,16 @@ def test_all_is_durable_before_the_rename_and_the_name_after(name, tmp_path, ste
 
 
 def test_an_error_while_writing_keeps_the_old_output(tmp_path):
-    for write, target, old in ((write_file, tmp_path / "f", b"old"), (write_folder, tmp_path / "d", OLD)):
-        write(target, old)
-        with pytest.raises((AttributeError, TypeError)):
-            write(target, 5)
-        assert found(target) == old
+    write_file(tmp_path / "f", b"old")
+    write_folder(tmp_path / "d", OLD)
+    for staged, part in (
+        (commit.staged_file(tmp_path / "f"), ""),
+        (commit.staged_folder(tmp_path / "d", tool="t", force=True), "a"),
+    ):
+        with pytest.raises(ZeroDivisionError), staged as stage:
+            (stage / part).write_bytes(b"half")
+            raise ZeroDivisionError
+    assert (found(tmp_path / "f"), found(tmp_path / "d")) == (b"old", OLD)
     assert sorted(os.listdir(tmp_path)) == ["d", "f"]
 
 
