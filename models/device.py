@@ -73,18 +73,16 @@ class Device:
         """States of the random number generators that training draws from, to be saved."""
         from megatron.core import tensor_parallel
 
-        return {
-            "torch": torch.get_rng_state(),
-            "device": torch.cuda.get_rng_state(),
-            "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-        }
+        state = {"torch": torch.get_rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}
+        return state | ({"device": torch.cuda.get_rng_state()} if self.kind == "cuda" else {})
 
     def set_generator_state(self, state: dict[str, Any]) -> None:
         """Restore what ``generator_state`` gave."""
         from megatron.core import tensor_parallel
 
         torch.set_rng_state(state["torch"])
-        torch.cuda.set_rng_state(state["device"])
+        if self.kind == "cuda":
+            torch.cuda.set_rng_state(state["device"])
         tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
 
 
@@ -125,14 +123,14 @@ def _cpu(reason: str) -> Device:
         raise UserError("--device cpu on a machine with a GPU: hide the GPU too, with CUDA_VISIBLE_DEVICES=''")
     from megapatch.models.patches import accelerator
 
-    with accelerator.eager_jit(), warnings.catch_warnings():
+    accelerator.install()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Apex and Transformer Engine are not there; we know
-        import megatron.core
-        import megatron.core.models.gpt  # noqa: F401
+        import megatron.core.models.gpt
+        import megatron.core.optimizer  # noqa: F401
 
     from megapatch.models.patches import core_on_cpu
 
-    accelerator.install()
     core_on_cpu.install()
     core_on_cpu.name_missing_te_gemm()
     return Device("cpu", False, False, reason)
