@@ -2,45 +2,123 @@
 
     torchrun --nproc-per-node 4 tests/train_worker.py cases.json results.json
 
-cases.json: {name: [mp-pretrain arguments]}; results.json: {name: [log records]}, written by rank 0. One start for many
-layouts, because starting processes and importing megatron-core takes longer than training a tiny model.
+cases.json: {name: case}; results.json: {name: [log records]}, written by rank 0. One start for many cases, because
+starting processes and importing megatron-core takes longer than training a tiny model. A case is a list of mp-pretrain
+arguments, or an object that holds them as "arguments" and, when wanted, with steps counted from 1:
+
+    "signal": {"step": 3, "rank": 1, "number": 10}   this rank receives the signal while it logs step 3
+    "bad": {"3": ["loss", 1], "4": ["gradient", 0]}  the loss of step 3 on rank 1 and a gradient of step 4 on rank 0 are
+                                                     not finite
+    "digests": true                                  adds {"event": "state", "step", "digest"}: xxh3 of all parameters
+                                                     and optimizer states of rank 0, after the step
+
+A case that fails has one record: {"event": "error", "text": traceback}.
 """
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import torch
 import torch.distributed as dist
+import xxhash
 from megapatch.models import cli, device
+from megapatch.trainer import signals
 from megapatch.trainer.options import PretrainOptions
-from megapatch.trainer.pretrain import prepare
+
+device.start()  # before megatron-core is imported
+
+from megapatch.trainer import step  # noqa: E402
+from megapatch.trainer.pretrain import prepare  # noqa: E402
+from megapatch.trainer.session import Session  # noqa: E402
 
 
 class Memory:
     """A sink that keeps the records."""
 
-    def __init__(self) -> None:
+    def __init__(self, case: dict, session: Session) -> None:
         self.records: list[dict] = []
+        self.case, self.session = case, session
 
     def write(self, record: dict) -> None:
         self.records.append(dict(record))
+        if record["event"] != "train":
+            return
+        if self.case.get("digests"):
+            found = {"event": "state", "step": record["step"], "digest": state_digest(self.session)}
+            self.records.append(found)
+        signal = self.case.get("signal", {})
+        if signal.get("step") == record["step"] and signal.get("rank", 0) == dist.get_rank():
+            os.kill(os.getpid(), signal["number"])
 
     def close(self) -> None:
         pass
 
 
-def run_case(arguments: list[str]) -> list[dict]:
+def state_digest(session: Session) -> str:
+    """One digest of this rank's parameters, masters and optimizer states."""
+    state = xxhash.xxh3_128()
+    for model in session.models:
+        for parameter in model.parameters():
+            state.update(_bytes(parameter))
+    for optimizer in session.optimizer.chained_optimizers:
+        for group in optimizer.optimizer.param_groups:
+            for parameter in group["params"]:
+                state.update(_bytes(parameter))
+                for value in optimizer.optimizer.state.get(parameter, {}).values():
+                    state.update(_bytes(torch.as_tensor(value)))
+    return state.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+class Faults:
+    """Makes losses and gradients that are not finite, at given steps on given ranks."""
+
+    def __init__(self, bad: dict[str, tuple[str, int]]) -> None:
+        self.bad, self.step = bad, 0
+        self.loss, self.run_batches = step._loss, step.run_batches
+
+    def what(self) -> str:
+        kind, rank = self.bad.get(str(self.step), ("", -1))
+        return kind if rank == dist.get_rank() else ""
+
+    def spoil_loss(self, mask: torch.Tensor, output: torch.Tensor) -> Any:
+        return self.loss(mask, output * float("inf") if self.what() == "loss" else output)
+
+    def spoil_gradient(self, session: Session, *args: Any, train: bool) -> Any:
+        self.step = session.step + 1 if train else -1
+        found = self.run_batches(session, *args, train=train)
+        if train and self.what() == "gradient":
+            parameter = next(p for p in session.models[0].parameters() if p.dim() > 1)
+            parameter.main_grad.view(-1)[0] = float("nan")  # type: ignore[attr-defined]
+        return found
+
+
+def run_case(case: Any) -> list[dict]:
     from megatron.core import parallel_state
 
-    options = cli.parser(PretrainOptions, prog="mp-pretrain").parse_args(arguments)
+    case = case if isinstance(case, dict) else {"arguments": case}
+    options = cli.parser(PretrainOptions, prog="mp-pretrain").parse_args(case["arguments"])
+    signals.forget()
     try:
         trainer, records = prepare(options, device.start(options.device))
-        memory = Memory()
+        memory = Memory(case, trainer.session)
         records.sinks.append(memory)
-        if not options.save_interval:
+        if not options.save_interval and "signal" not in case:
             trainer.saved_step = options.train_iters  # nothing to save: these cases look at the losses only
-        trainer.run()
+        faults = Faults(case.get("bad", {}))
+        with (
+            mock.patch.object(step, "_loss", faults.spoil_loss),
+            mock.patch.object(step, "run_batches", faults.spoil_gradient),
+        ):
+            trainer.run()
         records.close()
         return memory.records
     finally:
@@ -48,10 +126,11 @@ def run_case(arguments: list[str]) -> list[dict]:
 
 
 def main(cases: Path, results: Path) -> None:
+    signals.listen()
     found = {}
-    for name, arguments in json.loads(cases.read_text()).items():
+    for name, case in json.loads(cases.read_text()).items():
         try:
-            found[name] = run_case(arguments)
+            found[name] = run_case(case)
         except Exception:
             found[name] = [{"event": "error", "text": traceback.format_exc()}]
             print(name, found[name][0]["text"], file=sys.stderr, flush=True)
