@@ -98,7 +98,7 @@ def hide_padding(model: GPTModel, vocab_size: int) -> None:
     padded = padded_vocabulary(vocab_size, tp)
     local = padded // tp
     first = max(vocab_size - rank * local, 0)  # of this rank's columns, the first that is padding
-    if first >= local:
+    if padded == vocab_size:
         return
 
     def mask(module: torch.nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

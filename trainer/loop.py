@@ -43,6 +43,8 @@ class Trainer:
         """Train until --train-iters, or until a signal asks to stop; the state is saved at the end."""
         options, session = self.session.options, self.session
         reason = "done"
+        if session.step == 0 and options.eval_interval:
+            self.evaluate()
         while session.step < options.train_iters:
             self._one_step()
             if options.eval_interval and session.step % options.eval_interval == 0:

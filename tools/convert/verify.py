@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 EXAMPLES = """examples:
   mp-verify --source Qwen3-0.6B --target qwen3-core          # a conversion, against transformers
   mp-verify --source run --target exported --tokens 2048 --atol 1e-4
-prints one JSON line: max_abs_diff, mean_abs_diff, max_abs_logit, same_argmax (share of positions), tokens, ok
+prints one JSON line: check, ok, found, expected (for mp-report --checks), max_abs_diff, mean_abs_diff, max_abs_logit,
+  same_argmax (share of positions)
 """
 
 
@@ -62,9 +63,15 @@ def verify(options: VerifyOptions) -> int:
         result = compare(first, _logits(options, options.target, configs[1], found))
     finally:
         parallel.stop()
-    result |= {"tokens": options.tokens, "ok": result["max_abs_diff"] <= options.atol}
-    print(json.dumps(result))
-    return OK if result["ok"] else FAILED
+    largest = result["max_abs_diff"]
+    claim = {
+        "check": f"logits of {options.source} and {options.target} are equal",
+        "ok": largest <= options.atol,
+        "found": f"largest difference {largest:.2g} over {options.tokens} tokens",
+        "expected": f"at most {options.atol:.2g}",
+    }
+    print(json.dumps(claim | result))
+    return OK if claim["ok"] else FAILED
 
 
 def _config(folder: Path) -> dict[str, Any]:

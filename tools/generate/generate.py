@@ -52,6 +52,9 @@ class Options(Parallel):
     add_bos: bool = opt("start each text prompt with the tokenizer's bos token", False)
     batch_size: int = opt("prompts that are continued at the same time", 8)
     logprobs: bool = opt("also write the natural logarithm of each token's probability, before temperature", False)
+    engine: Literal["megapatch", "transformers"] = opt(
+        "transformers: the reference, for a Hugging Face folder, greedy, one prompt at a time", "megapatch"
+    )
     precision: Literal["fp32", "bf16"] = opt("of weights and arithmetic", "fp32")
     device: Literal["auto", "cpu", "gpu"] = opt("what to compute on", "auto")
     trust_remote_code: bool = opt("run the tokenizer's own Python code, for folders without tokenizer.json", False)
@@ -62,6 +65,8 @@ class Options(Parallel):
             raise ValueError("expected either --prompt TEXT or --input FILE")
         if self.pp > 1 or self.cp > 1:
             raise ValueError("generation runs with --pp 1 and --cp 1; use --tp to cut the model")
+        if self.engine == "transformers" and (self.tp > 1 or self.ep > 1 or self.logprobs):
+            raise ValueError("--engine transformers runs in one process, without --logprobs")
         if self.batch_size < 1:
             raise ValueError(f"--batch-size {self.batch_size}: must be at least 1")
         self.sampling(())
@@ -165,9 +170,12 @@ def _run(options: Options, hf: Any, tokenizer: Any, prompts: list[Any], device: 
     from megapatch.tools.generate.results import Results, closing_line, opened
 
     seed_everything(options.seed, 0)
+    requests = [prompt.request for prompt in prompts]
+    if options.engine == "transformers":
+        _run_reference(options, tokenizer, prompts, device)
+        return
     chunks = build(hf, ModelOptions(options, device, options.precision))
     load_weights(chunks, options.model, hf)
-    requests = [prompt.request for prompt in prompts]
     longest = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
     with opened(options.output if dist.get_rank() == 0 else None) as file:
         results = Results(prompts, file, options.logprobs)
@@ -183,6 +191,20 @@ def _run(options: Options, hf: Any, tokenizer: Any, prompts: list[Any], device: 
         for completion in engine.run(requests):
             results.take(completion)
     log.info("%s", closing_line(engine.statistics))
+
+
+def _run_reference(options: Options, tokenizer: Any, prompts: list[Any], device: Any) -> None:
+    from megapatch.models.build import DTYPES
+    from megapatch.tools.generate import reference
+    from megapatch.tools.generate.results import Results, opened
+
+    requests = [prompt.request for prompt in prompts]
+    with opened(options.output) as file:
+        results = Results(prompts, file, logprobs=False)
+        for completion in reference.generate(
+            options.model, requests, tokenizer, DTYPES[options.precision], device.torch
+        ):
+            results.take(completion)
 
 
 if __name__ == "__main__":
