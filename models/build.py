@@ -39,14 +39,12 @@ def transformer_config(hf: HfConfig, options: ModelOptions) -> TransformerConfig
     fields["activation_func"] = getattr(F, fields["activation_func"])
     dtype = DTYPES[options.precision]
     moe = {"moe_token_dispatcher_type": "alltoall"} if fields.get("num_moe_experts") else {}
-    return TransformerConfig(
-        **fields,
-        **options.parallel.config(),
-        **moe,
-        **options.device.config()
-        | {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": options.precision == "bf16"}
-        | options.overrides,
-    )
+    types = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": options.precision == "bf16"}
+    layout, machine = options.parallel.config(), options.device.config()
+    try:
+        return TransformerConfig(**fields, **layout, **moe, **machine | types | options.overrides)
+    except ValueError as error:
+        raise UserError(f"megatron-core refuses this config.json at this layout: {error}") from error
 
 
 def build(hf: HfConfig, options: ModelOptions) -> list[torch.nn.Module]:

@@ -8,15 +8,11 @@ begin_steps() { # begin_steps FOLDER: start anew in it
         echo "$out exists and was not made by this script; remove it, or choose another --output" >&2
         return 1
     fi
-    rm -rf "$out"
-    mkdir -p "$out/logs"
-    : >"$out/steps.jsonl"
-    : >"$out/checks.jsonl"
+    rm -rf "$out" && mkdir -p "$out/logs" && touch "$out/steps.jsonl" "$out/checks.jsonl"
 }
 
 quoted() { # quoted TEXT...: as a JSON string
-    local text="$*"
-    text="${text//\\/\\\\}"
+    local text="${*//\\/\\\\}"
     printf '"%s"' "${text//\"/\\\"}"
 }
 
@@ -26,41 +22,32 @@ step() { # step NAME COMMAND...: run it; its output goes to a log, a failure sho
     number=$((number + 1))
     log="$out/logs/$(printf %02d $number).log"
     printf '%2d  %-40s ' "$number" "$name" >&2
-    if ! "$@" >"$log" 2>&1; then
-        printf 'FAILED: %s\n' "$*" >&2
-        tail -n 20 "$log" >&2
-        return 1
-    fi
+    "$@" >"$log" 2>&1 || { printf 'FAILED: %s\n' "$*" >&2; tail -n 20 "$log" >&2; return 1; }
     seconds=$(awk "BEGIN {printf \"%.1f\", $EPOCHREALTIME - $start}")
     printf '%6s s\n' "$seconds" >&2
     printf '{"step": %s, "seconds": %s, "command": %s}\n' "$(quoted "$name")" "$seconds" "$(quoted "$*")" >>"$out/steps.jsonl"
 }
 
-killed_after() { # killed_after STEP LOG COMMAND...: kill -9 the command and its processes once LOG has STEP
-    local at="$1" log="$2" pid
-    shift 2
-    set -m # a process group of its own
-    "$@" &
+killed_after() { # killed_after STEP LOG torchrun ...: kill -9 torchrun and its workers once LOG has STEP
+    local at="$1" log="$2" pid workers
+    "${@:3}" &
     pid=$!
-    set +m
     until grep -qs "\"step\": $at," "$log"; do
         kill -0 "$pid" 2>/dev/null || { echo "ended before step $at"; return 1; }
         sleep 0.05
     done
-    kill -9 -- "-$pid"
+    mapfile -t workers < <(pgrep -P "$pid")
+    kill -9 "$pid" "${workers[@]}"
     wait "$pid" 2>/dev/null || true
-    pkill -9 -f -- "--save ${log%/log.jsonl}" 2>/dev/null || true # workers that torchrun put elsewhere
 }
 
 verify() { # verify COMMAND...: its JSON line goes into the table of checks; a failed one is told, and fails at the end
     local result=holds
     "$@" >"$out/logs/check.json" 2>"$out/logs/check.log" || result=FAILED
+    [ -s "$out/logs/check.json" ] || echo "{\"check\": $(quoted "$*"), \"ok\": false}" >"$out/logs/check.json"
     cat "$out/logs/check.json" >>"$out/checks.jsonl"
     printf '    %-6s %s\n' "$result" "$(sed -n 's/^{"check": "\([^"]*\)".*/\1/p' "$out/logs/check.json")" >&2
-    if [ $result = FAILED ]; then
-        unverified=$((unverified + 1))
-        cat "$out/logs/check.json" "$out/logs/check.log" >&2
-    fi
+    [ $result = holds ] || { unverified=$((unverified + 1)) && cat "$out"/logs/check.{json,log} >&2; }
 }
 
 finish_steps() { # finish_steps LABEL=LOG...: the report; fails when a check did not hold

@@ -1,0 +1,128 @@
+"""Every family of models/families, each on its tiny model, with no test code of its own."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_folders import contents, make, weights
+
+from megapatch.models import cli, family
+from megapatch.tools.convert.convert import main as convert
+from megapatch.tools.convert.verify import main as verify
+
+LLAMA3 = {"rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # what config.json allows beyond the tiny model of a family
+    "llama 2: own output layer, one head per group": (
+        "llama",
+        {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_parameters": {"rope_theta": 1e4}},
+    ),
+    "llama with linear rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "llama3 rope with constants of its own": (
+        "llama",
+        {"rope_parameters": {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 24}},
+    ),
+    "one key-value head": ("qwen2", {"num_key_value_heads": 1}),
+    "qwen2 with tied embeddings": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3 with its own output layer": ("qwen3", {"tie_word_embeddings": False}),
+    "qwen3_moe, all layers mixtures, probabilities as they are": (
+        "qwen3_moe",
+        {"mlp_only_layers": [], "norm_topk_prob": False},
+    ),
+    "qwen3_moe, every second layer a mixture": ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
+    "mixtral with three experts a token": ("mixtral", {"num_experts_per_tok": 3}),
+    **{name: (name, {}) for name in family.known()},
+}
+UNSUPPORTED = {  # config.json settings that must be refused by name
+    "llama": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "rope_parameters": {"rope_type": "yarn"}},
+    "qwen2": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+    "qwen3": {"attention_bias": True, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "qwen3_moe": {"attention_bias": True, "hidden_act": "relu"},
+    "mixtral": {"sliding_window": 4096, "router_jitter_noise": 0.1},
+}
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda name: name.replace(" ", "_"))
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A Hugging Face folder in fp32, with weights whose scale keeps the logits of every family of order one."""
+    name, changes = VARIANTS[request.param]
+    made = make(tmp_path / "hf", name, dtype=torch.float32, **changes)
+    from safetensors.torch import save_file
+
+    parts = {key: value * 0.2 + ("norm" in key) for key, value in weights(made).items()}
+    save_file(parts, made / "model.safetensors", {"format": "pt"})
+    yield made
+
+
+def test_a_family_converts_bit_exactly_and_computes_the_same(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hugging Face -> core -> Hugging Face is the same bytes, config.json too; fp32 logits are transformers'."""
+    core, back = tmp_path / "core", tmp_path / "back"
+    assert convert(["--source", str(folder), "--target", str(core)]) == 0
+    assert convert(["--source", str(core), "--target", str(back)]) == 0
+    assert contents(back) == contents(folder)
+    for loaded in (["--target", str(core)], ["--target", str(folder), "--engine", "core"]):
+        capsys.readouterr()
+        if "--engine" in loaded:  # both sides on core: the folder read directly against the checkpoint
+            assert verify(["--source", str(core), *loaded, "--tokens", "128", "--atol", "0"]) == 0
+        else:
+            assert verify(["--source", str(folder), *loaded, "--tokens", "128", "--atol", "1e-5"]) == 0
+        result = json.loads(capsys.readouterr().out)
+    assert result["max_abs_logit"] > 1  # not a model of zeros
+
+
+def test_every_family_has_refused_settings_here() -> None:
+    assert set(UNSUPPORTED) == set(family.known())
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in UNSUPPORTED.items() for key in keys])
+def test_an_unsupported_setting_is_refused_by_name(name: str, key: str) -> None:
+    hf = {"model_type": name, "rms_norm_eps": 1e-6, "norm_topk_prob": True, **family.known()[name].tiny}
+    family.placed_rules(hf)
+    family.rope(hf)
+    with pytest.raises(cli.UserError, match=r"config\.json: .*" + ("rope" if "rope" in key else "sliding|" + key)):
+        changed = hf | {key: UNSUPPORTED[name][key]}
+        changed = {k: v for k, v in changed.items() if not (key == "rope_scaling" and k == "rope_parameters")}
+        family.find(changed).transformer_config(changed)
+        family.rope(changed)
+
+
+OLD_SPELLING = {  # transformers 4: config.json of published models
+    "llama": {
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "qwen3_moe": {"num_experts": 4},
+}
+
+
+@pytest.mark.parametrize("name", OLD_SPELLING)
+def test_both_spellings_of_config_json_mean_the_same(name: str) -> None:
+    new = {"model_type": name, "rms_norm_eps": 1e-6, **family.known()[name].tiny}
+    dropped = {"rope_parameters", "num_local_experts"}
+    old = {k: v for k, v in new.items() if k not in dropped} | OLD_SPELLING[name]
+    assert old != new
+    assert family.find(old).transformer_config(old) == family.find(new).transformer_config(new)
+    assert family.inverse_frequencies(old) == family.inverse_frequencies(new)
+
+
+def test_inverse_frequencies_are_those_of_transformers() -> None:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = AutoConfig.for_model("llama", **dict(family.known()["llama"].tiny))
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    found = torch.tensor(family.inverse_frequencies({"model_type": "llama", **config.to_dict()}))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
