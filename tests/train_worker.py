@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import xxhash
+
 from megapatch.models import cli, device
 from megapatch.trainer import signals
 from megapatch.trainer.options import PretrainOptions
@@ -33,7 +34,7 @@ from megapatch.trainer.options import PretrainOptions
 device.start()  # before megatron-core is imported
 
 from megapatch.trainer import step  # noqa: E402
-from megapatch.trainer.pretrain import prepare  # noqa: E402
+from megapatch.trainer.pretrain import make_plan, prepare  # noqa: E402
 from megapatch.trainer.session import Session  # noqa: E402
 
 
@@ -108,7 +109,7 @@ def run_case(case: Any) -> list[dict]:
     options = cli.parser(PretrainOptions, prog="mp-pretrain").parse_args(case["arguments"])
     signals.forget()
     try:
-        trainer, records = prepare(options, device.start(options.device))
+        trainer, records = prepare(options, device.start(options.device), make_plan(options))
         memory = Memory(case, trainer.session)
         records.sinks.append(memory)
         if not options.save_interval and "signal" not in case:

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megapatch.models import commit, core_files
 from megapatch.models.cli import UserError
@@ -22,13 +25,14 @@ from megapatch.models.family import HfConfig
 from megapatch.models.load import hf_folder
 from megapatch.models.parallel import Parallel
 from megapatch.models.tokenizer import copy_tokenizer, find_tokenizer
+from megapatch.trainer import optimizer_state
+from megapatch.trainer.options import TrainOptions
+from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.session import Session
 
 log = logging.getLogger(__name__)
-CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}  # megatron-core adds to what it is given: pass copies
+CONTENT = {"singleton_local_shards": False}  # megatron-core adds to what it is given: pass copies
+STAGED = ".tmp"
 REMEMBERED = ("seed", "seq_length", "global_batch_size", "train_iters", "data_path", "split")  # decide the data order
 
 
@@ -71,34 +75,68 @@ def save(session: Session, source: Source) -> Path:
     """Write SAVE/iter_N and make it the newest (every rank must call)."""
     root = session.options.save
     target = core_files.iteration_folder(root, session.step)
-    stage = target.with_name(target.name + ".tmp")
-    if _first():
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
-    _barrier()
-    for chunk in session.chunks if session.options.overlap_param_gather else ():
-        chunk.disable_forward_pre_hook()
-    with commit.naming_full_disks(target):
-        dist_checkpointing.save(_state(session, loading=False), str(stage), content_metadata=dict(CONTENT))
-        for chunk in session.chunks if session.options.overlap_param_gather else ():
-            chunk.enable_forward_pre_hook()
-        if _first():
-            _finish(session, stage, target, source)
-    _barrier()
+    stage = target.with_name(target.name + STAGED)
+    with together():
+        if first():
+            for old in root.glob(f"iter_*{STAGED}"):  # of a run that was killed while it saved
+                shutil.rmtree(old)
+            stage.mkdir(parents=True)
+            _check_room(session, stage)
+    _write(session, stage)
+    with together():
+        if first():
+            with commit.naming_full_disks(target):
+                _finish(session, stage, target, source)
     return target
+
+
+def _check_room(session: Session, stage: Path) -> None:
+    """Refuse before the first byte what the disk cannot hold."""
+    per_parameter = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}[session.options.precision]  # weight, master, moments
+    needed, free = session.num_parameters * per_parameter, shutil.disk_usage(stage).free
+    if free < needed:
+        stage.rmdir()
+        raise UserError(
+            f"{stage.parent}: disk full: a checkpoint takes {needed:,} bytes, {free:,} are free; "
+            f"free space, or keep fewer with --keep, and run again"
+        )
+
+
+def _write(session: Session, stage: Path) -> None:
+    """Every rank's share into the staged folder."""
+    gathering = session.chunks if session.options.overlap_param_gather else []
+    for chunk in gathering:
+        chunk.disable_forward_pre_hook()  # and bring every rank's parameters up to date
+    state = _state(session, loading=False)
+    with together(), _naming_failed_writes(stage):
+        dist_checkpointing.save(state, str(stage), content_metadata=dict(CONTENT))
+    for chunk in gathering:
+        chunk.enable_forward_pre_hook()
+
+
+@contextmanager
+def _naming_failed_writes(stage: Path) -> Iterator[None]:
+    """Turn torch's report of files that could not be written into one line."""
+    try:
+        with commit.naming_full_disks(stage):
+            yield
+    except CheckpointException as error:
+        reasons = {str(failure) for failure, _ in error.failures.values()}
+        raise UserError(f"{stage}: not written ({'; '.join(sorted(reasons))}); nothing was kept") from error
 
 
 def _finish(session: Session, stage: Path, target: Path, source: Source) -> None:
     """Seal the staged folder, move it into place, name it in the tracker, and remove what --keep does not keep."""
     source.copy(stage / core_files.HF_SUBFOLDER)
     commit.seal(stage, tool="mp-pretrain", about={"step": session.step, "layout": _layout(session.options)})
-    if target.exists():
+    if target.exists():  # saved by a run that was killed before it named it in the tracker, or went back
         shutil.rmtree(target)
     os.rename(stage, target)
     commit.fsync(target.parent)
     core_files.write_tracker(target.parent, session.step)
     if session.options.keep:
-        for old in sorted(target.parent.glob("iter_???????"))[: -session.options.keep]:
+        older = [path for path in sorted(target.parent.glob("iter_" + "[0-9]" * 7)) if path.name <= target.name]
+        for old in older[: -session.options.keep]:
             shutil.rmtree(old)
 
 
@@ -109,7 +147,7 @@ def _state(session: Session, *, loading: bool, same_layout: bool = True) -> dict
         name: model.sharded_state_dict(metadata=dict(CONTENT))
         for name, model in zip(names, session.models, strict=True)
     }
-    state["optimizer"] = session.optimizer.sharded_state_dict(state, is_loading=loading, metadata=dict(CONTENT))
+    state["optimizer"] = optimizer_state.sharded(session.optimizer, dict(state), loading=loading)
     if same_layout:
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         state["generators"] = ShardedObject(
@@ -120,8 +158,10 @@ def _state(session: Session, *, loading: bool, same_layout: bool = True) -> dict
         state |= {"checkpoint_version": 3.0, "iteration": session.step}
         state["megapatch"] = {
             "consumed_samples": session.consumed_samples,
+            "updates": session.updates,
             "layout": _layout(session.options),
             "order": _order(session.options),
+            "precision": session.options.precision,
         }
     return state
 
@@ -139,46 +179,43 @@ def resume(session: Session, folder: Path) -> None:
     """Continue from a checkpoint folder (every rank must call)."""
     check(folder)
     common = dist_checkpointing.load_common_state_dict(str(folder))
-    if "megapatch" not in common:
-        raise UserError(f"{folder}: holds no training state; start from its weights with --model, and another --save")
-    ours = common["megapatch"]
+    with together():
+        ours = _training_state(common, folder, session.options)
     same = ours["layout"] == _layout(session.options)
     if not same:
-        log.warning("%s: saved at another layout (%s); dropout draws new random numbers", folder, ours["layout"])
+        warn(log, "%s: saved at another layout (%s); dropout draws new random numbers", folder, ours["layout"])
     for name, value in _order(session.options).items():
         if ours["order"].get(name, value) != value:
-            log.warning(
-                "--%s was %s, now %s: the order of data changes", name.replace("_", "-"), ours["order"][name], value
-            )
+            flag = name.replace("_", "-")
+            warn(log, "--%s was %s, now %s: the order of data changes", flag, ours["order"][name], value)
     state = dist_checkpointing.load(_state(session, loading=True, same_layout=same), str(folder))
     for i, model in enumerate(session.models):
         model.load_state_dict(state["model" if len(session.models) == 1 else f"model{i}"])
-    session.optimizer.load_state_dict(state["optimizer"])
+    session.updates = ours["updates"]
+    optimizer_state.fill(session.optimizer, state["optimizer"], session.updates)
     session.schedule.load_state_dict(common["opt_param_scheduler"])
     session.step, session.consumed_samples = common["iteration"], ours["consumed_samples"]
     if same:
         session.device.set_generator_state(state["generators"])
 
 
+def _training_state(common: dict[str, Any], folder: Path, options: TrainOptions) -> dict[str, Any]:
+    """What this module saved beside weights and optimizer; UserError where it is not there, or does not fit."""
+    if "megapatch" not in common:
+        raise UserError(f"{folder}: holds no training state; start from its weights with --model, and another --save")
+    ours = common["megapatch"]
+    if ours["precision"] != options.precision:
+        raise UserError(
+            f"--precision was {ours['precision']}, now {options.precision}: such a run cannot be continued; "
+            f"start from its weights with --model {folder}, and another --save"
+        )
+    return ours
+
+
 def check(folder: Path) -> None:
     """Refuse a damaged or unsafe checkpoint on every rank alike; each process verifies a share of the files."""
-    problem: list[str | None] = [None]
-    try:
+    with together():
         core_files.load_metadata_safely(folder)
         share = (torch.distributed.get_rank(), torch.distributed.get_world_size())
         if not commit.verify(folder, share=share):
-            log.warning("%s: has no manifest, so its content is not verified", folder)
-    except UserError as error:
-        problem = [str(error)]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, problem[0])
-    if any(found):
-        raise UserError(next(text for text in found if text))
-
-
-def _first() -> bool:
-    return torch.distributed.get_rank() == 0
-
-
-def _barrier() -> None:
-    torch.distributed.barrier()
+            warn(log, "%s: has no manifest, so its content is not verified", folder)

@@ -1,11 +1,8 @@
 """Batches from megatron-core's GPTDataset. The order depends on the seed and the step alone, never on the layout."""
 
-import json
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +13,15 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megapatch.models.cli import UserError
-from megapatch.models.indexed_data import read_index
+from megapatch.models.indexed_data import manifest_path, read_index, read_manifest
 from megapatch.models.tokenizer import Tokenizer
+from megapatch.trainer.data_cache import building, key
 from megapatch.trainer.options import PretrainOptions
+from megapatch.trainer.ranks import warn
 
 log = logging.getLogger(__name__)
+SPLITS = ("training", "validation", "test")
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -51,60 +52,101 @@ def parse_blend(words: list[str]) -> tuple[list[str], list[float] | None]:
         return list(words), None
     if len(words) % 2:
         raise UserError(f"--data-path: {len(words)} words; a blend needs WEIGHT PREFIX pairs")
-    return words[1::2], [w for w in weights if w is not None]
+    numbers = [w for w in weights if w is not None]
+    for number, prefix in zip(numbers, words[1::2], strict=True):
+        if not 0 < number < float("inf"):
+            raise UserError(f"--data-path: weight {number} of {prefix}; a weight is a number above 0")
+    return words[1::2], numbers
 
 
-def check_data(prefixes: list[str], tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse data that this model cannot train on: damaged pairs, another tokenizer, ids beyond the vocabulary."""
+def check_data(options: PretrainOptions, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse data that this model cannot train on: damaged pairs, another tokenizer, a share without documents."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {vocab_size};"
             " use the model's own tokenizer, or a model with a larger vocab_size"
         )
-    for prefix in prefixes:
-        read_index(prefix)
-        manifest = Path(f"{prefix}.manifest.json")
-        if not manifest.exists():
-            log.warning("%s: no manifest; cannot check that the data fit the tokenizer", prefix)
+    shares = _shares(options)
+    for prefix in parse_blend(options.data_path)[0]:
+        _check_tokenizer(prefix, tokenizer)
+        _check_shares(prefix, shares, options)
+
+
+def _check_tokenizer(prefix: str, tokenizer: Tokenizer) -> None:
+    manifest = read_manifest(prefix)
+    made_with = (manifest or {}).get("tokenizer", {}).get("xxh3_128")
+    if made_with is None:
+        warn(log, "%s: names no tokenizer; cannot check that the data fit this one", manifest_path(prefix))
+    elif made_with != tokenizer.digest:
+        raise UserError(
+            f"{prefix}: made with another tokenizer than {tokenizer.folder}; run mp-preprocess again with it"
+        )
+
+
+def _shares(options: PretrainOptions) -> list[tuple[float, float] | None]:
+    """First and last place, in parts of 1, of the documents to train on, to validate with, and to leave alone."""
+    try:
+        parts = [float(part) for part in options.split.split(",")]
+    except ValueError:
+        parts = []
+    if not 1 <= len(parts) <= len(SPLITS) or min(parts) < 0 or not 0 < sum(parts) < float("inf"):
+        raise UserError(f"--split {options.split}: expected up to three shares with commas between, like 98,2,0")
+    if not parts[0]:
+        raise UserError(f"--split {options.split}: leaves nothing to train on")
+    if options.eval_interval and (len(parts) < 2 or not parts[1]):
+        raise UserError(f"--split {options.split}: leaves nothing to validate with; leave out --eval-interval")
+    ends = [sum(parts[: i + 1]) / sum(parts) for i in range(len(parts))]
+    return [(0.0, ends[0]), (ends[0], ends[1]) if options.eval_interval else None, None]
+
+
+def _check_shares(prefix: str, shares: list[tuple[float, float] | None], options: PretrainOptions) -> None:
+    """megatron-core would count the epochs of a share without tokens for ever."""
+    index = read_index(prefix)
+    documents = len(index.lengths)
+    for name, share in zip(SPLITS, shares, strict=True):
+        if share is None:
             continue
-        made_with = json.loads(manifest.read_text()).get("tokenizer", {})
-        if made_with.get("digest", tokenizer.digest) != tokenizer.digest:
+        begin, end = (round(place * documents) for place in share)
+        tokens = int(index.lengths[begin:end].sum(dtype="int64"))
+        if tokens < 2:
             raise UserError(
-                f"{prefix}: made with another tokenizer than {tokenizer.folder}; run mp-preprocess again with it"
+                f"{prefix}: {end - begin} of its {documents} documents are for {name} (--split {options.split}), with "
+                f"{tokens} tokens; change --split, or bring more documents"
             )
 
 
 def build_datasets(options: PretrainOptions, tokenizer: Tokenizer) -> tuple[Any, Any]:
-    """Training and validation datasets (None where the split is empty); every rank must call."""
+    """Training and validation datasets (None without --eval-interval); every rank must call."""
     prefixes, weights = parse_blend(options.data_path)
+    if weights is None and len(prefixes) > 1:
+        weights = [float(read_index(prefix).num_tokens) for prefix in prefixes]
     batch = options.global_batch_size
-    sizes = (options.train_iters * batch, options.eval_iters * batch if options.eval_interval else 0, 0)
-    config = GPTDatasetConfig(
-        random_seed=options.seed,
-        sequence_length=options.seq_length,
-        blend=(prefixes, weights),
-        split=options.split,
-        path_to_cache=str(options.data_cache_path or options.save / "data-cache"),
-        tokenizer=DataTokenizer(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.digest),
-        reset_position_ids=options.reset_position_ids,
-        reset_attention_mask=False,
-        eod_mask_loss=options.eod_mask_loss,
-        create_attention_mask=False,
-    )
-    build = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
-    try:
-        train, valid, _ = build.build()
-    except (IndexError, AssertionError, ValueError) as error:
-        raise UserError(
-            f"--data-path {' '.join(prefixes)}: too little data for --seq-length and --split ({error})"
-        ) from error
-    if train is None:
-        raise UserError(f"--split {options.split}: leaves nothing to train on")
+    sizes = (options.train_iters * batch, options.eval_iters * batch, 0)
+    made_of = [options.seed, options.seq_length, options.split, bool(options.eval_interval), tokenizer.digest]
+    root = options.data_cache_path or options.save / "data-cache"
+    with building(root, key(prefixes, [weights, sizes, *made_of])) as folder:
+        config = GPTDatasetConfig(
+            random_seed=options.seed,
+            sequence_length=options.seq_length,
+            blend=(prefixes, weights),
+            split="1,0,0",  # replaced below
+            path_to_cache=str(folder),
+            tokenizer=DataTokenizer(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.digest),
+            reset_position_ids=options.reset_position_ids,
+            reset_attention_mask=False,
+            eod_mask_loss=options.eod_mask_loss,
+            create_attention_mask=False,
+        )
+        config.split_matrix = _shares(options)
+        train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    for name, dataset, size in (("training", train, sizes[0]), ("validation", valid, sizes[1])):
+        if dataset is not None:
+            assert len(dataset) >= size, f"megatron-core built {len(dataset)} {name} samples instead of {size}"
     return train, valid
 
 
 def micro_batches(
-    dataset: Any, options: PretrainOptions, first: int, device: torch.device
+    dataset: Any, options: PretrainOptions, vocab_size: int, first: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """This rank's micro-batches of the global batch that starts at sample ``first`` of the dataset.
 
@@ -114,8 +156,14 @@ def micro_batches(
     width = options.micro_batch_size
     for start in range(first + rank * width, first + options.global_batch_size, size * width):
         samples = [dataset[i] for i in range(start, start + width)]
-        batch = {key: torch.stack([s[key] for s in samples]).to(device, non_blocking=True) for key in samples[0]}
-        yield get_batch_on_this_cp_rank(batch)
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in FIELDS}
+        largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
+        if largest >= vocab_size:
+            raise UserError(
+                f"--data-path: token {largest} in samples {start} to {start + width - 1}, the model's vocabulary ends "
+                f"at {vocab_size - 1}; run mp-preprocess with the model's tokenizer"
+            )
+        yield get_batch_on_this_cp_rank({k: v.to(device, non_blocking=True) for k, v in batch.items()})
 
 
 def num_micro_batches(options: PretrainOptions, data_parallel_size: int) -> int:
@@ -130,8 +178,3 @@ def num_micro_batches(options: PretrainOptions, data_parallel_size: int) -> int:
     if options.vpp and count % options.pp:
         raise UserError(f"--vpp: the {count} micro-batches per step are not divisible by --pp {options.pp}")
     return count
-
-
-def eval_steps(dataset: Any, options: PretrainOptions) -> int:
-    """Global batches of the validation set that one evaluation reads."""
-    return min(options.eval_iters, math.floor(len(dataset) / options.global_batch_size))

@@ -11,6 +11,7 @@ import torch
 from megapatch.models.cli import UserError
 from megapatch.trainer import checkpoint, signals
 from megapatch.trainer.metrics import Log
+from megapatch.trainer.ranks import together, warn
 from megapatch.trainer.session import Session
 from megapatch.trainer.step import Batches, StepResult, evaluate, train_step
 
@@ -47,14 +48,14 @@ class Trainer:
             self.evaluate()
         while session.step < options.train_iters:
             self._one_step()
+            if signal := self._signal():
+                reason = f"signal {signal}"
+                warn(log, "signal %d: saving at step %d and leaving", signal, session.step)
+                break
             if options.eval_interval and session.step % options.eval_interval == 0:
                 self.evaluate()
             if options.save_interval and session.step % options.save_interval == 0:
                 self.save()
-            if signal := self._signal():
-                reason = f"signal {signal}"
-                log.warning("signal %d: saving at step %d and leaving", signal, session.step)
-                break
         self.save()
         self.records.write("end", step=session.step, reason=reason, consumed_samples=session.consumed_samples)
 
@@ -79,12 +80,16 @@ class Trainer:
         last = self.session.consumed_samples
         first = last - self.session.options.global_batch_size
         message = f"step {self.session.step}: the {what} is not finite (samples {first} to {last - 1})"
-        if self.bad_steps > self.session.options.max_bad_steps:
-            raise UserError(
-                f"{message}; {self.bad_steps} such steps in a row, giving up; the last good checkpoint is step "
-                f"{self.saved_step}; lower --lr, or look at the data"
-            )
-        log.warning("%s: step skipped", message)
+        with together():
+            if self.bad_steps > self.session.options.max_bad_steps:
+                raise UserError(
+                    f"{message}; {self.bad_steps} such steps in a row, giving up; {self._last_good()}; "
+                    "lower --lr, or look at the data"
+                )
+        warn(log, "%s: step skipped", message)
+
+    def _last_good(self) -> str:
+        return f"the last checkpoint is step {self.saved_step}" if self.saved_step else "nothing was saved"
 
     def _record(self, result: StepResult, seconds: float, lr: float) -> None:
         session = self.session

@@ -89,6 +89,8 @@ class TrainOptions(Parallel):
             f"--lr-warmup-iters {self.lr_warmup_iters}: must be below {decay}, the steps until --min-lr is reached": (
                 self.lr_warmup_iters >= decay
             ),
+            f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters}: more than the {decay - self.lr_warmup_iters} steps after "
+            "--lr-warmup-iters": (self.lr_wsd_decay_iters or 0) > decay - self.lr_warmup_iters,
             f"--min-lr {self.min_lr}: must be between 0 and --lr {self.lr}": not 0 <= self.min_lr <= self.lr,
             f"--seq-length {self.seq_length}: must be divisible by 2 x --cp": (
                 self.cp > 1 and self.seq_length % (2 * self.cp) != 0

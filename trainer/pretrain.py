@@ -12,7 +12,10 @@ from megapatch.models.cli import run, versions
 from megapatch.trainer.options import PretrainOptions
 
 if TYPE_CHECKING:
+    from megapatch.models.device import Device
     from megapatch.models.family import HfConfig
+    from megapatch.models.tokenizer import Tokenizer
+    from megapatch.trainer.checkpoint import Source
     from megapatch.trainer.loop import Trainer
     from megapatch.trainer.metrics import Log
     from megapatch.trainer.session import Session
@@ -38,46 +41,74 @@ def pretrain(options: PretrainOptions) -> None:
 
     signals.listen()
     from megapatch.models import device, parallel
+    from megapatch.trainer.ranks import first, naming_lost_peers, told_once_per_node
 
-    found = device.start(options.device)
+    with told_once_per_node():
+        found = device.start(options.device)
+        plan = make_plan(options)
+    if options.dry_run:
+        if first():
+            print(json.dumps(_described(options, plan), indent=1))
+        return
+    if plan.done:
+        log.info("%s: all %d steps are done; nothing to do", options.save, options.train_iters)
+        return
     log.info("device: %s, %s (%s)", found.kind, found.backend, found.reason)
     try:
-        trainer, records = prepare(options, found)
-        if trainer is not None:
+        with naming_lost_peers():
+            trainer, records = prepare(options, found, plan)
             trainer.run()
-        records.close()
+            records.close()
     finally:
         parallel.stop()
 
 
-def prepare(options: PretrainOptions, device: Any) -> "tuple[Trainer | None, Log]":
-    """Build everything up to the first step; no trainer with --dry-run."""
-    from megapatch.models.parallel import world_size
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a run before its processes meet."""
+
+    source: "Source"
+    hf: "HfConfig"
+    tokenizer: "Tokenizer"
+    resumed: Path | None  # the checkpoint to continue from
+    done: bool  # that checkpoint is the last one
+    data_parallel_size: int
+    count: int  # micro-batches per step of each data-parallel rank
+
+
+def make_plan(options: PretrainOptions) -> Plan:
+    """Read what the options name, and refuse what does not fit (UserError); joins no process group."""
+    from megapatch.models import core_files, family, parallel
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.trainer import checkpoint, data, session
-    from megapatch.trainer.metrics import Log
+    from megapatch.trainer import checkpoint, data
 
     resumed = checkpoint.newest(options.save)
+    step = core_files.read_tracker(options.save)
     begin = resumed or options.model or options.init_from
     assert begin is not None
     source = checkpoint.find_source(begin, None if resumed else options.tokenizer)
     hf, tokenizer = source.hf, Tokenizer(source.tokenizer)
-    prefixes, _ = data.parse_blend(options.data_path)
-    data.check_data(prefixes, tokenizer, hf["vocab_size"])
-    count = data.num_micro_batches(options, options.data_parallel_size(world_size()))
-    if options.dry_run:
-        print(json.dumps(_described(options, hf, count), indent=1))
-        return None, Log([])
-    run_state = session.start(options, device, hf, load=resumed is None)
-    if resumed is not None:
-        checkpoint.resume(run_state, resumed)
-        log.info("resuming from %s", resumed)
+    options.check_model(family.find(hf).transformer_config(hf))
+    data.check_data(options, tokenizer, hf["vocab_size"])
+    size = options.data_parallel_size(parallel.world_size())
+    count = data.num_micro_batches(options, size)
+    return Plan(source, hf, tokenizer, resumed, isinstance(step, int) and step >= options.train_iters, size, count)
+
+
+def prepare(options: PretrainOptions, device: "Device", plan: Plan) -> "tuple[Trainer, Log]":
+    """Build everything up to the first step (every rank must call)."""
+    from megapatch.trainer import checkpoint, session
+
+    run_state = session.start(options, device, plan.hf, load=plan.resumed is None)
+    if plan.resumed is not None:
+        checkpoint.resume(run_state, plan.resumed)
+        log.info("resuming from %s", plan.resumed)
     records = _open_log(options)
-    _record_start(run_state, records, resumed is not None)
-    return _trainer(run_state, records, tokenizer, source, count), records
+    _record_start(run_state, records, plan)
+    return _trainer(run_state, records, plan), records
 
 
-def _trainer(session: "Session", records: "Log", tokenizer: Any, source: Any, count: int) -> "Trainer":
+def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
     from functools import partial
 
     from megapatch.models.layers.spec import mixture_layers
@@ -85,27 +116,43 @@ def _trainer(session: "Session", records: "Log", tokenizer: Any, source: Any, co
     from megapatch.trainer.loop import Trainer
     from megapatch.trainer.metrics import flops_per_token
 
-    options = session.options
+    options, vocab_size = session.options, session.hf["vocab_size"]
     assert isinstance(options, PretrainOptions)
-    train, valid = data.build_datasets(options, tokenizer)
-    batches = partial(data.micro_batches, options=options, device=session.device.torch)
+    train, valid = data.build_datasets(options, plan.tokenizer)
+    batches = partial(data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)
     mixtures = sum(mixture_layers(session.config))
     return Trainer(
         session,
         records=records,
-        source=source,
-        num_micro_batches=count,
-        flops_per_token=flops_per_token(session.config, session.hf["vocab_size"], options.seq_length, mixtures),
-        train=lambda first: partial(batches, train, first=first),
+        source=plan.source,
+        num_micro_batches=plan.count,
+        flops_per_token=flops_per_token(session.config, vocab_size, options.seq_length, mixtures),
+        train=lambda start: partial(batches, train, first=start),
         valid=lambda step: partial(batches, valid, first=step * options.global_batch_size),
-        eval_steps=data.eval_steps(valid, options) if valid is not None else 0,
+        eval_steps=options.eval_iters if valid is not None else 0,
     )
 
 
-def _described(options: PretrainOptions, hf: "HfConfig", count: int) -> dict[str, Any]:
-    """The resolved configuration, for --dry-run and the log."""
-    fields = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
-    return {"options": fields, "micro_batches_per_step": count, "model": dict(hf), "versions": versions()}
+def _resolved(options: PretrainOptions) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
+
+
+def _described(options: PretrainOptions, plan: Plan) -> dict[str, Any]:
+    """The resolved configuration, for --dry-run."""
+    from megapatch.models.parallel import world_size
+    from megapatch.models.shapes import num_parameters
+
+    layout = {name: getattr(options, name) for name in ("tp", "pp", "vpp", "cp", "ep", "expert_tp")}
+    return {
+        "options": _resolved(options),
+        "layout": layout | {"data_parallel_size": plan.data_parallel_size, "world_size": world_size()},
+        "micro_batches_per_step": plan.count,
+        "tokens_per_step": options.global_batch_size * options.seq_length,
+        "parameters": num_parameters(plan.hf),
+        "resumes_from": plan.resumed and str(plan.resumed),
+        "model": dict(plan.hf),
+        "versions": versions(),
+    }
 
 
 def _open_log(options: PretrainOptions) -> "Log":
@@ -113,30 +160,32 @@ def _open_log(options: PretrainOptions) -> "Log":
     import torch.distributed as dist
 
     from megapatch.trainer.metrics import JsonLines, Log, Sink, TensorBoard, WeightsAndBiases
+    from megapatch.trainer.ranks import together
 
-    if dist.get_rank() != 0:
-        return Log([])
-    sinks: list[Sink] = [JsonLines(options.log_path)]
-    if options.tensorboard:
-        sinks.append(TensorBoard(options.tensorboard))
-    if options.wandb:
-        sinks.append(WeightsAndBiases(options.wandb, dataclasses.asdict(options)))
+    sinks: list[Sink] = []
+    with together():
+        if dist.get_rank() == 0:
+            sinks.append(JsonLines(options.log_path))
+            if options.tensorboard:
+                sinks.append(TensorBoard(options.tensorboard))
+            if options.wandb:
+                sinks.append(WeightsAndBiases(options.wandb, _resolved(options)))
     return Log(sinks)
 
 
-def _record_start(session: "Session", records: "Log", resumed: bool) -> None:
+def _record_start(session: "Session", records: "Log", plan: Plan) -> None:
     import torch.distributed as dist
 
-    parameters = session.parameter_count()
-    log.info(f"{parameters:,} parameters on {dist.get_world_size()} processes")
-    if resumed:
+    log.info(f"{session.num_parameters:,} parameters on {dist.get_world_size()} processes")
+    if plan.resumed:
         records.write("resume", step=session.step, consumed_samples=session.consumed_samples)
+    assert isinstance(session.options, PretrainOptions)
     records.write(
         "start",
-        config=_described(session.options, session.hf, 0)["options"],  # type: ignore[arg-type]
+        config=_resolved(session.options),
         world_size=dist.get_world_size(),
-        parameters=parameters,
-        resumed_from=session.step if resumed else None,
+        parameters=session.num_parameters,
+        resumed_from=session.step if plan.resumed else None,
     )
 
 

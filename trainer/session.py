@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
-from megapatch.models import parallel
+from megapatch.models import core_files, parallel
 from megapatch.models.build import DTYPES, ModelOptions, build
-from megapatch.models.cli import UserError
 from megapatch.models.device import Device, seed_everything
 from megapatch.models.family import HfConfig
 from megapatch.models.load import load_weights
+from megapatch.models.shapes import num_parameters
+from megapatch.trainer import optimizer_state
 from megapatch.trainer.options import TrainOptions
+from megapatch.trainer.ranks import together
 
 log = logging.getLogger(__name__)
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}  # ours: megatron-core's
@@ -36,46 +39,46 @@ class Session:
     schedule: OptimizerParamScheduler
     step: int = 0  # optimizer steps done
     consumed_samples: int = 0
+    updates: int = 0  # steps that changed the parameters: the others had numbers that are not finite
 
     @property
-    def models(self) -> list[torch.nn.Module]:
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, a tied embedding counted once."""
+        return num_parameters(self.hf)
+
+    @property
+    def models(self) -> list[Any]:
         """The chunks without the wrapper for data parallelism."""
         return [chunk.module for chunk in self.chunks]
-
-    def parameter_count(self) -> int:
-        """Parameters of the whole model, counted once each (every rank must call)."""
-        owned = sum(p.numel() for m in self.models for p in m.parameters() if _counts_here(p))
-        total = torch.tensor([float(owned)], device=self.device.torch)
-        torch.distributed.all_reduce(total)
-        return round(total.item())
-
-
-def _counts_here(parameter: torch.nn.Parameter) -> bool:
-    """True on exactly one of the ranks that hold a copy of this parameter or of this slice of it."""
-    if getattr(parameter, "shared", False):  # the last stage's copy of a tied embedding
-        return False
-    if not getattr(parameter, "allreduce", True):  # an expert's
-        return parallel_state.get_expert_data_parallel_rank() == 0
-    copies = [parallel_state.get_data_parallel_rank(with_context_parallel=True)]
-    if not getattr(parameter, "tensor_model_parallel", False):
-        copies.append(parallel_state.get_tensor_model_parallel_rank())
-    return not any(copies)
 
 
 def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) -> Session:
     """Join the process groups and build the run; with ``load``, with the weights of --model."""
     parallel.start(options, device, timeout_s=options.timeout_s)
     seed_everything(options.seed, parallel_state.get_pipeline_model_parallel_rank())
-    models = build(hf, ModelOptions(options, device, options.precision, options.seq_length, _overrides(options)))
+    with together():
+        models = build(hf, ModelOptions(options, device, options.precision, options.seq_length, _overrides(options)))
     if load and options.model is not None:
-        load_weights(models, options.model, hf)
+        _load(models, options.model, hf)
     config: TransformerConfig = models[0].config
     chunks = [_wrap(options, config, model, first=i == 0) for i, model in enumerate(models)]
     optimizer = get_megatron_optimizer(
         optimizer_config(options), chunks, get_standard_config_overrides(optimizer_config(options))
     )
+    optimizer_state.allocate(optimizer)
     _connect(config, chunks, optimizer, options)
     return Session(options, device, hf, config, chunks, optimizer, _schedule(options, optimizer))
+
+
+def _load(models: list[torch.nn.Module], source: Path, hf: HfConfig) -> None:
+    """Fill the model with the weights of --model."""
+    if core_files.is_core(source):
+        with together():
+            core_files.load_metadata_safely(core_files.resolve(source))
+        load_weights(models, source, hf)  # collective
+    else:
+        with together():
+            load_weights(models, source, hf)
 
 
 def _overrides(options: TrainOptions) -> dict[str, Any]:
@@ -132,8 +135,6 @@ def _schedule(options: TrainOptions, optimizer: Any) -> OptimizerParamScheduler:
     """Learning rate by samples seen, so that it does not depend on the layout."""
     batch = options.global_batch_size
     decay = options.lr_decay_iters or options.train_iters
-    if options.lr_wsd_decay_iters and options.lr_wsd_decay_iters > decay - options.lr_warmup_iters:
-        raise UserError(f"--lr-wsd-decay-iters {options.lr_wsd_decay_iters}: longer than the steps after warm-up")
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

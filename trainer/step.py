@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 from torch import Tensor
@@ -73,13 +74,19 @@ def train_step(session: Session, batches: Batches, count: int) -> StepResult:
 
 def update(session: Session) -> float | None:
     """Clip and step; the gradient norm before clipping, or None where it is not finite and nothing was changed."""
-    optimizer = session.optimizer
-    if optimizer.prepare_grads() or not math.isfinite(float(optimizer.get_grad_norm())):
+    optimizer, limit = session.optimizer, session.options.clip_grad
+    if optimizer.prepare_grads():
         return None
-    updated, norm, _ = optimizer.step()
-    assert updated, "megatron-core refused a step whose gradients are finite"
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return None
+    for part in optimizer.chained_optimizers if limit else ():
+        if parameters := part.get_parameters():
+            clip_grad_by_total_norm_fp32(parameters, limit, norm)
+    optimizer.step_with_ready_grads()
+    session.updates += 1
     session.schedule.step(increment=session.options.global_batch_size)
-    return float(norm)
+    return norm
 
 
 def _mixture_losses(session: Session, count: int) -> dict[str, float]:

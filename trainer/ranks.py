@@ -1,0 +1,74 @@
+"""Processes that act as one: a user's mistake that any of them finds ends all of them, and is told once."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megapatch.models.cli import FAILED, USER_ERRNOS, UserError
+
+
+def first() -> bool:
+    """True in the process that speaks for all."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def warn(log: logging.Logger, message: str, *args: Any) -> None:
+    """Warn once, of something that every process sees."""
+    if first():
+        log.warning(message, *args)
+
+
+@contextmanager
+def told_once_per_node() -> Iterator[None]:
+    """For checks before the process groups exist: processes of one node find the same mistake, the first one tells."""
+    try:
+        yield
+    except UserError:
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+            raise SystemExit(FAILED) from None
+        raise
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block without collectives that fails on every rank when it fails on one; rank 0 tells why.
+
+    Every rank must enter. Without it the others would wait for the one that left.
+    """
+    import torch.distributed as dist
+
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        if error.errno not in USER_ERRNOS:
+            raise
+        problem = f"{error.filename}: {error.strerror}"
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    for rank, text in enumerate(found):
+        if text:
+            if dist.get_rank() != 0:
+                raise SystemExit(FAILED)
+            raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+
+
+@contextmanager
+def naming_lost_peers() -> Iterator[None]:
+    """Turn a backend's report that another process is gone, or hangs, into one line; that process told its own."""
+    import torch.distributed as dist
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        with told_once_per_node():
+            raise UserError(
+                f"another process of this run ended, or did not answer within --timeout-s; look for its message "
+                f"({str(error).splitlines()[0][:200]})"
+            ) from error
