@@ -1,13 +1,12 @@
 """Every family of models/families, each on its tiny model, with no test code of its own."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_folders import contents, make, weights
+from model_folders import contents, make, soften
 
 from megapatch.models import cli, family
 from megapatch.tools.convert.convert import main as convert
@@ -48,15 +47,10 @@ UNSUPPORTED = {  # config.json settings that must be refused by name
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda name: name.replace(" ", "_"))
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A Hugging Face folder in fp32, with weights whose scale keeps the logits of every family of order one."""
     name, changes = VARIANTS[request.param]
-    made = make(tmp_path / "hf", name, dtype=torch.float32, **changes)
-    from safetensors.torch import save_file
-
-    parts = {key: value * 0.2 + ("norm" in key) for key, value in weights(made).items()}
-    save_file(parts, made / "model.safetensors", {"format": "pt"})
-    yield made
+    return soften(make(tmp_path / "hf", name, dtype=torch.float32, **changes))
 
 
 def test_a_family_converts_bit_exactly_and_computes_the_same(

@@ -1,7 +1,7 @@
 """Every parallel layout trains like the single process: fp32 loss within 1e-5 over 5 steps, gradient norm within 1e-4.
 
-All layouts of one world size run in one set of processes (tests/train_worker.py); what a layout leaves over is data
-parallelism. ``pytest -s tests/test_layouts.py`` prints the table.
+All layouts of one number of processes run in one set of them (tests/train_worker.py).
+``pytest -s tests/test_layouts.py`` prints the table.
 """
 
 import json
@@ -14,46 +14,46 @@ from typing import Any
 
 import pytest
 import torch
-from model_folders import make
+from model_folders import make, soften
 
 from megapatch.tools.preprocess.preprocess import main as preprocess
 from megapatch.tools.preprocess.train_tokenizer import main as train_tokenizer
 
 STEPS = 5
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-DENSE = {
-    "DP4": "",
-    "TP2": "--tp 2",
-    "TP4, more than key-value heads": "--tp 4",
-    "TP2 SP": "--tp 2 --sequence-parallel",
-    "PP2": "--pp 2",
-    "PP4": "--pp 4",
-    "PP2 VPP2 (interleaved)": "--pp 2 --vpp 2",
-    "CP2": "--cp 2",
-    "CP4": "--cp 4",
-    "DP4 distributed optimizer": "--use-distributed-optimizer",
-    "DP4 distributed optimizer, overlap": OVERLAP,
-    "TP2 PP2": "--tp 2 --pp 2",
-    "TP2 CP2": "--tp 2 --cp 2",
-    "TP2 SP PP2 VPP2": "--tp 2 --sequence-parallel --pp 2 --vpp 2",
-    "PP2 VPP2 distributed optimizer, overlap": f"--pp 2 --vpp 2 {OVERLAP}",
-    "recompute full": "--recompute full",
-    "recompute selective, TP2": "--recompute selective --tp 2",
+DENSE = {  # name: (processes, arguments)
+    "DP2": (2, ""),
+    "TP2": (2, "--tp 2"),
+    "TP2 SP": (2, "--tp 2 --sequence-parallel"),
+    "TP4, more than key-value heads": (4, "--tp 4"),
+    "PP2": (2, "--pp 2"),
+    "PP4": (4, "--pp 4"),
+    "PP2 VPP2 (interleaved)": (2, "--pp 2 --vpp 2"),
+    "CP2": (2, "--cp 2"),
+    "CP4": (4, "--cp 4"),
+    "DP2 distributed optimizer": (2, "--use-distributed-optimizer"),
+    "DP2 distributed optimizer, overlap": (2, OVERLAP),
+    "TP2 PP2": (4, "--tp 2 --pp 2"),
+    "TP2 CP2": (4, "--tp 2 --cp 2"),
+    "TP2 SP PP2 VPP2": (4, "--tp 2 --sequence-parallel --pp 2 --vpp 2"),
+    "PP2 VPP2 DP2 distributed optimizer, overlap": (4, f"--pp 2 --vpp 2 {OVERLAP}"),
+    "recompute full": (2, "--recompute full"),
+    "TP2 recompute selective": (2, "--recompute selective --tp 2"),
 }
 MIXTURE = {
-    "DP4": "",
-    "EP2": "--ep 2",
-    "EP4": "--ep 4",
-    "TP2 SP": "--tp 2 --sequence-parallel",
-    "TP2 SP EP2 ETP1": "--tp 2 --sequence-parallel --ep 2 --etp 1",
-    "TP2 SP EP2": "--tp 2 --sequence-parallel --ep 2",
-    "PP2 EP2": "--pp 2 --ep 2",
-    "CP2": "--cp 2",
-    "CP2 EP2": "--cp 2 --ep 2",
-    "PP2 VPP2": "--pp 2 --vpp 2",
-    "EP2 distributed optimizer, overlap": f"--ep 2 {OVERLAP}",
+    "EP2": (2, "--ep 2"),
+    "EP4": (4, "--ep 4"),
+    "TP2 SP": (2, "--tp 2 --sequence-parallel"),
+    "TP2 SP EP2 ETP1": (2, "--tp 2 --sequence-parallel --ep 2 --etp 1"),
+    "TP2 SP EP2": (4, "--tp 2 --sequence-parallel --ep 2"),
+    "PP2 EP2": (4, "--pp 2 --ep 2"),
+    "CP2": (2, "--cp 2"),
+    "CP2 EP2": (2, "--cp 2 --ep 2"),
+    "PP2 VPP2": (2, "--pp 2 --vpp 2"),
+    "EP2 distributed optimizer, overlap": (2, f"--ep 2 {OVERLAP}"),
 }
-CASES = [("qwen3", name) for name in DENSE] + [("qwen3_moe", name) for name in MIXTURE]
+MODELS = {"qwen3": DENSE, "qwen3_moe": MIXTURE}
+CASES = [(model, name) for model, layouts in MODELS.items() for name in layouts]
 
 
 def launch(world_size: int, cases: dict[str, Any], folder: Path, root: Path) -> dict[str, list[dict]]:
@@ -69,7 +69,10 @@ def launch(world_size: int, cases: dict[str, Any], folder: Path, root: Path) -> 
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads(results.read_text())
+    records = json.loads(results.read_text())
+    errors = [f"{name}: {log[0]['text']}" for name, log in records.items() if log[0]["event"] == "error"]
+    assert not errors, f"{len(errors)} cases failed, the first: {errors[0]}"
+    return records
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +96,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, list
         ]
         return [*where, "--data-path", str(folder / "data"), "--timeout-s", "60", *words.split()]
 
-    for model in ("qwen3", "qwen3_moe"):  # 511 tokens: no tensor parallelism divides them
-        made = make(folder / model, model, dtype=torch.float32, vocab_size=511)
-        for name in ("tokenizer.json", "chat_template.jinja"):  # the folder's stand-ins
-            (made / name).unlink()
-    alone = {f"{model} alone": arguments(model, "") for model in ("qwen3", "qwen3_moe")}
-    cut = {f"qwen3 {name}": arguments("qwen3", layout) for name, layout in DENSE.items()}
-    cut |= {f"qwen3_moe {name}": arguments("qwen3_moe", layout) for name, layout in MIXTURE.items()}
-    records = launch(1, alone, folder, root) | launch(4, cut, folder, root)
+    by_size: dict[int, dict[str, list[str]]] = {1: {}, 2: {}, 4: {}}
+    for model, layouts in MODELS.items():
+        made = soften(make(folder / model, model, dtype=torch.float32, vocab_size=511))  # 511: TP does not divide it
+        for stand_in in ("tokenizer.json", "chat_template.jinja"):
+            (made / stand_in).unlink()
+        for name, (size, layout) in {"alone": (1, ""), **layouts}.items():
+            by_size[size][f"{model} {name}"] = arguments(model, layout)
+    records = {name: log for size, cases in by_size.items() for name, log in launch(size, cases, folder, root).items()}
     return {name: [(r["loss"], r["grad_norm"]) for r in log if r["event"] == "train"] for name, log in records.items()}
 
 
