@@ -5,7 +5,6 @@ of which tensor a process holds; the weight rules say which rows of which Huggin
 tensor parallelism is written down twice.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,54 +13,59 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from megapatch.models import core_files
+from megapatch.models import core_files, hf_files
 from megapatch.models.cli import UserError
-from megapatch.models.family import HfConfig, find, placed_rules, stacked_layers
+from megapatch.models.family import HfConfig, tied_embeddings
 from megapatch.models.rules import Placed
+from megapatch.models.shapes import Layout
 
 Address = tuple[str, tuple[int, ...]]  # checkpoint key, place on its leading axes (layer, expert)
 
 
 class HfWeights:
-    """The weights of a folder, addressed by checkpoint key and region. Checked as a whole when opened."""
+    """The weights of a folder, addressed by checkpoint key and region. Checked as a whole when opened (UserError)."""
 
     def __init__(self, folder: Path, hf: HfConfig) -> None:
-        self.folder = folder
-        self.groups = find(hf).transformer_config(hf)["num_query_groups"]
-        stacked = stacked_layers(hf)
-        self.rules = {_address(placed, stacked): placed for placed in placed_rules(hf)}
-        self.files = _open_files(folder)
-        wanted = {name for placed in self.rules.values() for name in placed.hf}
-        _refuse(folder, "is missing", wanted - set(self.files))
-        _refuse(folder, "has no rule: megapatch would drop it", set(self.files) - wanted - _tied_copies(hf))
+        layout = Layout(hf)
+        self.groups = layout.groups
+        self.placed = {_address(placed, layout.stacked): placed for placed in layout.placed}
+        self.shapes = {name: shape for p in layout.placed for name, shape in zip(p.hf, layout.parts(p), strict=True)}
+        found = hf_files.tensors(folder)
+        _refuse(folder, "is missing", set(self.shapes) - set(found))
+        _refuse(folder, "has no rule: megapatch would drop it", set(found) - set(self.shapes) - _tied_copies(hf))
+        for name, shape in self.shapes.items():
+            if found[name].shape != shape:
+                there = f"shape {list(found[name].shape)} in {found[name].file.name}"
+                raise UserError(f"{name}: {there}, {list(shape)} by config.json; is it the right config.json?")
+        opened = {path: safe_open(path, framework="pt") for path in {tensor.file for tensor in found.values()}}
+        self.files = {name: opened[tensor.file] for name, tensor in found.items()}
+
+    def full_shape(self, address: Address) -> tuple[int, ...]:
+        """Shape of a core tensor as the folder has it (leading axes left out)."""
+        if address not in self.placed:
+            raise UserError(
+                f"{address[0]}: the model has this weight, but the rules of its family have not; report this"
+            )
+        shapes = [self.shapes[name] for name in self.placed[address].hf]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def region(self, address: Address, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """The part of a core tensor that starts at ``start`` and has ``shape`` (leading axes left out)."""
-        placed = self.rules.get(address)
-        if placed is None:
-            raise UserError(
-                f"{address[0]}: the model has this weight, but config.json describes none; unsupported setting?"
-            )
-        slices = [self.files[name].get_slice(name) for name in placed.hf]
-        blocks = placed.rule.blocks([s.get_shape()[0] for s in slices], self.groups)
+        placed = self.placed[address]
+        blocks = placed.rule.blocks([self.shapes[name][0] for name in placed.hf], self.groups)
         pieces, at, stop = [], 0, start[0] + shape[0]
         for part, first, rows in blocks:
             low, high = max(start[0], at), min(stop, at + rows)
             if low < high:
-                pieces.append(slices[part][first + low - at : first + high - at])
+                rows_of_part = self.files[placed.hf[part]].get_slice(placed.hf[part])
+                pieces.append(rows_of_part[first + low - at : first + high - at])
             at += rows
-        rows_read = torch.cat(pieces)
+        region = torch.cat(pieces)
         for axis, (first, size) in enumerate(zip(start[1:], shape[1:], strict=True), start=1):
-            rows_read = rows_read.narrow(axis, first, size)
-        return rows_read
-
-    def full_shape(self, address: Address) -> tuple[int, ...]:
-        """Shape of a core tensor as the folder has it (leading axes left out)."""
-        placed = self.rules[address]
-        shapes = [self.files[name].get_slice(name).get_shape() for name in placed.hf]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+            region = region.narrow(axis, first, size)
+        return region
 
 
 def _address(placed: Placed, stacked: bool) -> Address:
@@ -71,7 +75,7 @@ def _address(placed: Placed, stacked: bool) -> Address:
 
 def _tied_copies(hf: HfConfig) -> set[str]:
     """Weights that a folder may hold although they are the same as another one."""
-    return {"lm_head.weight"} if hf.get("tie_word_embeddings") else set()
+    return {"lm_head.weight"} if tied_embeddings(hf) else set()
 
 
 def _refuse(folder: Path, what: str, names: set[str]) -> None:
@@ -80,27 +84,7 @@ def _refuse(folder: Path, what: str, names: set[str]) -> None:
         raise UserError(f"{folder}: {min(names)} {what}{more}; is this the folder that config.json belongs to?")
 
 
-def _open_files(folder: Path) -> dict[str, Any]:
-    """Open safetensors file by tensor name."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    opened: dict[str, Any] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; a Hugging Face folder with safetensors weights is needed")
-        try:
-            file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from error
-        opened |= dict.fromkeys(file.keys(), file)
-    return opened
-
-
-def sharded_tensors(model: torch.nn.Module) -> Iterator[ShardedTensor]:
+def sharded_tensors(model: Any) -> Iterator[ShardedTensor]:
     """Every tensor of a model as megatron-core shards it; their data are views of the parameters."""
     state = model.sharded_state_dict()
     apply_factories(state)
@@ -130,7 +114,7 @@ def load_core(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
         model.load_state_dict(loaded[name])
 
 
-def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(chunk: Any) -> Any:
     """The GPTModel inside the wrappers for bf16 and data parallelism."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
@@ -150,14 +134,13 @@ def _fill(tensor: ShardedTensor, weights: HfWeights) -> None:
     """Copy one shard; the rows that pad the vocabulary stay as they are."""
     leading = tensor.prepend_axis_num
     address = tensor.key, tuple(tensor.global_offset[:leading])
-    start, want = tensor.global_offset[leading:], tuple(tensor.global_shape[leading:])
+    start, whole = tensor.global_offset[leading:], weights.full_shape(address)
     shape = list(tensor.local_shape)
-    found = weights.full_shape(address) if address in weights.rules else want
-    if found != want and not (tensor.allow_shape_mismatch and found[1:] == want[1:] and found[0] <= want[0]):
-        names = ", ".join(weights.rules[address].hf)
-        raise UserError(
-            f"{names}: shape {list(found)} in the files, {list(want)} by config.json; is it the right config.json?"
+    if tensor.allow_shape_mismatch:
+        shape[0] = max(0, min(shape[0], whole[0] - start[0]))
+    else:
+        assert tuple(tensor.global_shape[leading:]) == whole, (
+            f"{tensor.key}: the model has another shape than config.json"
         )
-    shape[0] = max(0, min(shape[0], found[0] - start[0]))
     if shape[0]:
         tensor.data[: shape[0]].copy_(weights.region(address, start, shape))
