@@ -88,7 +88,8 @@ class SdpaAttention(MegatronModule):
         assert self.cp_group is None, "packed sequences with context parallelism are not supported"
         bounds = packed.cu_seqlens_q.tolist()
         out = [
-            self._attend(*(x[a:b, None] for x in (query, key, value)), None, True)[:, 0] for a, b in pairwise(bounds)
+            self._attend(query[a:b, None], key[a:b, None], value[a:b, None], None, True)[:, 0]
+            for a, b in pairwise(bounds)
         ]
         return torch.cat(out).flatten(1)
 
