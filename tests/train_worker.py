@@ -9,6 +9,8 @@ arguments, or an object that holds them as "arguments" and, when wanted, with st
     "signal": {"step": 3, "rank": 1, "number": 10}   this rank receives the signal while it logs step 3
     "bad": {"3": ["loss", 1], "4": ["gradient", 0]}  the loss of step 3 on rank 1 and a gradient of step 4 on rank 0 are
                                                      not finite
+    "kill": {"step": 4} or {"save": 4}               the process is killed (-9) after step 4, or while it saves step 4; one
+                                                     process only, before the first case without
     "digests": true                                  adds {"event": "state", "step", "digest"}: xxh3 of all parameters
                                                      and optimizer states of rank 0, after the step
 
@@ -27,7 +29,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from megapatch.models import cli, device
+from megapatch.models import cli, commit, device
 from megapatch.trainer import signals
 from megapatch.trainer.options import PretrainOptions
 
@@ -55,6 +57,8 @@ class Memory:
         signal = self.case.get("signal", {})
         if signal.get("step") == record["step"] and signal.get("rank", 0) == dist.get_rank():
             os.kill(os.getpid(), signal["number"])
+        if self.case.get("kill", {}).get("step") == record["step"]:
+            os.kill(os.getpid(), 9)
 
     def close(self) -> None:
         pass
@@ -104,6 +108,32 @@ class Faults:
         return found
 
 
+def run_killed(case: dict) -> list[dict]:
+    """Run a case in a fork of this process, which kills itself."""
+    assert not dist.is_initialized(), "cases that are killed come first: threads of the process group do not fork"
+    child = os.fork()
+    if child == 0:
+        try:
+            run_case(case)
+        except Exception:
+            traceback.print_exc()
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    return [{"event": "error", "text": f"killed by signal {os.waitstatus_to_exitcode(status) * -1}"}]
+
+
+def killing(where: dict) -> Any:
+    """Patch the end of a save so that the process dies there, if so asked."""
+
+    def seal(folder: Path, *args: Any, **kwargs: Any) -> None:
+        if str(where.get("save")) == folder.name.removeprefix("iter_").removesuffix(".tmp").lstrip("0"):
+            os.kill(os.getpid(), 9)
+        real(folder, *args, **kwargs)
+
+    real = commit.seal
+    return mock.patch.object(commit, "seal", seal)
+
+
 def run_case(case: Any) -> list[dict]:
     from megatron.core import parallel_state
 
@@ -111,15 +141,19 @@ def run_case(case: Any) -> list[dict]:
     options = cli.parser(PretrainOptions, prog="mp-pretrain").parse_args(case["arguments"])
     signals.forget()
     try:
-        trainer, records = prepare(options, device.start(options.device), make_plan(options))
+        plan = make_plan(options)
+        if plan.done:
+            return []
+        trainer, records = prepare(options, device.start(options.device), plan)
         memory = Memory(case, trainer.session)
         records.sinks.append(memory)
-        if not options.save_interval and "signal" not in case:
+        if not options.save_interval and "signal" not in case and "save" not in case:
             trainer.saved_step = options.train_iters  # nothing to save: these cases look at the losses only
         faults = Faults(case.get("bad", {}))
         with (
             mock.patch.object(step, "_loss", faults.spoil_loss),
             mock.patch.object(step, "run_batches", faults.spoil_gradient),
+            killing(case.get("kill", {})),
         ):
             trainer.run()
         records.close()
@@ -133,13 +167,15 @@ def main(cases: Path, results: Path) -> None:
     found = {}
     for name, case in json.loads(cases.read_text()).items():
         try:
-            found[name] = run_case(case)
+            killed = isinstance(case, dict) and "kill" in case
+            found[name] = run_killed(case) if killed else run_case(case)
         except (Exception, SystemExit):  # the latter on the ranks that rank 0 speaks for
             found[name] = [{"event": "error", "text": traceback.format_exc()}]
             print(name, found[name][0]["text"], file=sys.stderr, flush=True)
-    if dist.get_rank() == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         results.write_text(json.dumps(found))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

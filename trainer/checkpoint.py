@@ -7,6 +7,7 @@ and are restored where the layout is the same, which makes the resumed run equal
 import json
 import logging
 import os
+import queue
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megapatch.models import commit, core_files
@@ -108,6 +110,8 @@ def _write(session: Session, stage: Path) -> None:
     for chunk in gathering:
         chunk.disable_forward_pre_hook()  # and bring every rank's parameters up to date
     state = _state(session, loading=False)
+    # by default a manager process, meant for asynchronous saves, which a SIGTERM to the process group would kill
+    filesystem_async._results_queue = queue.Queue()
     with together(), _naming_failed_writes(stage):
         dist_checkpointing.save(state, str(stage), content_metadata=dict(CONTENT))
     for chunk in gathering:

@@ -1,13 +1,15 @@
 """Documents from bytes: JSON lines or a whole text file. What is not a document is named with its place."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from megapatch.tools.preprocess.inputs import Piece
 
+_fast_loads: Callable[[bytes], Any] | None
 try:
-    from orjson import loads as _fast_loads  # type: ignore[import-not-found]
+    from orjson import loads as _fast_loads
 except ImportError:  # extra `data` is not installed; the standard library decides in any case, see parse_line
     _fast_loads = None
 
