@@ -1,10 +1,12 @@
-"""Core attention through PyTorch's scaled_dot_product_attention: grouped queries, context parallel, packed.
+"""Core attention through flash-attn or PyTorch's scaled_dot_product_attention: grouped, context parallel, packed.
 
-Takes the place of megatron-core's unfused DotProductAttention, which builds the [s, s] scores and knows neither.
+Takes the place of megatron-core's unfused DotProductAttention, which builds the [s, s] scores and knows none of these.
 Shape letters: s sequence, b batch, n query heads of this process, g key-value heads of this process, d head size.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +19,17 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from megapatch.models import device
+
+
+def flash_function() -> Callable[..., Tensor] | None:
+    """flash-attn's kernel (q, k, v [b, s, n, d], half precision, on a GPU), where it is installed."""
+    if not device.start().flash_attention:
+        return None
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func
 
 
 class SdpaAttention(MegatronModule):
@@ -40,6 +53,7 @@ class SdpaAttention(MegatronModule):
         self.cp_group = groups.cp if config.context_parallel_size > 1 else None
         self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.flash = flash_function() if config.params_dtype != torch.float32 else None
 
     def forward(
         self,
@@ -69,8 +83,12 @@ class SdpaAttention(MegatronModule):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
         """q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n, d]"""
         dropout = self.dropout if self.training else 0.0
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [s, b, n, d] -> [b, n, s, d]
-        with get_cuda_rng_tracker().fork() if dropout else _no_fork:
+        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+            if self.flash is not None and visible is None:
+                q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [s, b, n, d] -> [b, s, n, d]
+                out = self.flash(q, k, v, dropout_p=dropout, softmax_scale=self.scale, causal=causal)
+                return out.transpose(0, 1)
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [s, b, n, d] -> [b, n, s, d]
             out = F.scaled_dot_product_attention(
                 q,
                 k,
@@ -105,17 +123,6 @@ class SdpaAttention(MegatronModule):
             visible = torch.ones(half, end, dtype=torch.bool, device=query.device).tril(end - half)
             out.append(self._attend(piece, key[:end], value[:end], visible, causal=False))
         return torch.cat(out).flatten(2)
-
-
-class _NoFork:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_no_fork = _NoFork()
 
 
 def _gather_sequence(x: Tensor, group: Any) -> Tensor:
