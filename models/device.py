@@ -102,6 +102,9 @@ def start(kind: Kind = "auto") -> Device:
     else:
         reason = f"--device {kind}"
     device = _gpu(reason) if seen and kind != "cpu" else _cpu(reason)
+    from megapatch.models.patches.checkpoint import RESULTS_QUEUE
+
+    RESULTS_QUEUE.apply()
     quiet_upstream()
     return device
 
