@@ -9,8 +9,8 @@ arguments, or an object that holds them as "arguments" and, when wanted, with st
     "signal": {"step": 3, "rank": 1, "number": 10}   this rank receives the signal while it logs step 3
     "bad": {"3": ["loss", 1], "4": ["gradient", 0]}  the loss of step 3 on rank 1 and a gradient of step 4 on rank 0 are
                                                      not finite
-    "kill": {"step": 4} or {"save": 4}               the process is killed (-9) after step 4, or while it saves step 4; one
-                                                     process only, before the first case without
+    "kill": {"step": 4} or {"save": 4}               the process is killed (-9) after step 4, or while it saves step 4;
+                                                     for one process only, before the first case without
     "digests": true                                  adds {"event": "state", "step", "digest"}: xxh3 of all parameters
                                                      and optimizer states of rank 0, after the step
 

@@ -80,6 +80,9 @@ class TrainOptions(Parallel):
             "give one of --model (weights to start from) and --init-from (config.json for random ones)": (
                 (self.model is None) == (self.init_from is None)
             ),
+            f"--save {self.save}: is the folder of --model; name another one": (
+                self.model is not None and self.model.resolve() == self.save.resolve()
+            ),
             "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce": (
                 self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce)
             ),
