@@ -29,10 +29,10 @@ for ((i = 0; i < SLURM_NTASKS; i++)); do
 done
 if [ -n "${WARNED_AT:-}" ]; then
     until grep -qs "\\"step\\": $WARNED_AT," "$SAVE/log.jsonl"; do
-        kill -0 "${tasks[@]}" || break
+        [ "$(jobs -rp | wc -l)" = "$SLURM_NTASKS" ] || break
         sleep 0.02
     done
-    kill -USR1 "${tasks[@]}"
+    kill -USR1 "${tasks[@]}" || true
 fi
 for _ in "${tasks[@]}"; do
     wait -n && continue
@@ -62,8 +62,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ["--dtype", "fp32", "--set", *SIZES.split()]
     assert new_model(["--model-type", "qwen3", "--tokenizer", tokenizer, "--target", model, *sizes]) == 0
     (folder / "train.args").write_text(
-        f"--model model --data-path data --seq-length 32 --global-batch-size 2 --train-iters {STEPS}\n"
-        "--lr 1e-3 --timeout-s 60 --log-interval 100\n"
+        f"--model model --data-path data --split 100,0,0 --seq-length 32 --global-batch-size 2 --train-iters {STEPS}\n"
+        "--lr 1e-3 --timeout-s 30 --log-interval 100\n"
     )
     return folder
 
@@ -84,7 +84,7 @@ def submit(folder: Path, environment: dict[str, str]) -> subprocess.CompletedPro
     """Run the script as Slurm does: a copy of it, with the folder of the submission as current folder."""
     copy = folder / "slurm_script"
     copy.write_text(SCRIPT.read_text())
-    return subprocess.run(["bash", str(copy)], cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(["bash", str(copy)], cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
 
 
 def events(folder: Path) -> list[dict]:
