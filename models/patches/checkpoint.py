@@ -1,14 +1,12 @@
 """Saving a checkpoint without a helper process."""
 
 import queue
-from functools import cache
 
 from megapatch.models.patches import Patch
 
 
-@cache
 def results_queue() -> "queue.Queue[object]":
-    """Where the writers' results are put and taken: by this process alone, as long as saves are synchronous."""
+    """Where the writers' results of one save are put and taken: by this process alone, as saves are synchronous."""
     return queue.Queue()
 
 
