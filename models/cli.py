@@ -12,18 +12,20 @@ import errno
 import functools
 import importlib.metadata
 import inspect
+import json
 import logging
 import os
 import select
 import shlex
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, Never, TypeVar, Union, get_args, get_origin
 
 import argparse_dataclass
 
@@ -124,6 +126,11 @@ class _Parser(argparse_dataclass.ArgumentParser):
             return shlex.split(arg_line, comments=True)
         except ValueError as error:
             raise ValueError(f"@file: {arg_line.strip()}: {error}; quote it as for a shell") from error
+
+    def error(self, message: str) -> Never:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # under torchrun, the first process of a node tells
+            self.exit(USAGE)
+        super().error(message)
 
     def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:  # type: ignore[override]
         name = settings.get("dest") or flags[0].lstrip("-").replace("-", "_")
@@ -251,7 +258,11 @@ def _drop_stdout() -> None:
 def _fail(prog: str, message: str, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
-    print(f"{_label(prog)}: error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    line = f"{_label(prog)}: error: {' '.join(message.splitlines())}"
+    print(line, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its own report with what it finds there
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
     return FAILED
 
 

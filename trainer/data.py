@@ -68,8 +68,8 @@ def check_data(options: PretrainOptions, tokenizer: Tokenizer, vocab_size: int) 
         )
     shares = _shares(options)
     for prefix in parse_blend(options.data_path)[0]:
-        _check_tokenizer(prefix, tokenizer)
         _check_shares(prefix, shares, options)
+        _check_tokenizer(prefix, tokenizer)
 
 
 def _check_tokenizer(prefix: str, tokenizer: Tokenizer) -> None:
