@@ -158,4 +158,6 @@ def test_real_slurm_warns_queues_again_and_resumes(run_folder, tmp_path):
         loopback_slurm.wait_for(lambda: log.exists() and '"event": "train"' in log.read_text(), "a step", 120)
         subprocess.run(["scancel", "--signal=USR1", job], env=environment, check=True)
         loopback_slurm.wait_for(lambda: '"reason": "done"' in log.read_text(), "the end", 300)
+        queue = ["squeue", "--noheader"]
+        loopback_slurm.wait_for(lambda: not subprocess.check_output(queue, env=environment), "an empty queue", 60)
     check_resumed_run(folder)
