@@ -118,10 +118,8 @@ def start(parallel: Parallel, device: "Device", *, timeout_s: float = 1800) -> N
     parallel.data_parallel_size(world_size())
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
-        if world_size() > 1:
-            dist.init_process_group(device.backend, timeout=timeout)
-        else:
-            dist.init_process_group(device.backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+        store, rank, size = _meeting_place(timeout)
+        dist.init_process_group(device.backend, store=store, rank=rank, world_size=size, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -130,6 +128,18 @@ def start(parallel: Parallel, device: "Device", *, timeout_s: float = 1800) -> N
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.expert_tp,
     )
+
+
+def _meeting_place(timeout: timedelta) -> tuple[Any, int, int]:
+    """The store where processes leave their addresses, this process's rank, and the number of processes."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return dist.HashStore(), 0, 1
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # torch 2.13: torchrun --max-restarts keeps the store, and with it the addresses of the processes before
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt {attempt}", store), rank, size
 
 
 def stop() -> None:

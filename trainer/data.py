@@ -74,7 +74,7 @@ def check_data(options: PretrainOptions, tokenizer: Tokenizer, vocab_size: int) 
 
 def _check_tokenizer(prefix: str, tokenizer: Tokenizer) -> None:
     manifest = read_manifest(prefix)
-    made_with = (manifest or {}).get("tokenizer", {}).get("xxh3_128")
+    made_with = (manifest or {}).get("tokenizer", {}).get("digest")
     if made_with is None:
         warn(log, "%s: names no tokenizer; cannot check that the data fit this one", manifest_path(prefix))
     elif made_with != tokenizer.digest:
