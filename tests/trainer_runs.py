@@ -12,6 +12,7 @@ from model_folders import make, soften
 
 from megapatch.tools.preprocess.preprocess import main as preprocess
 from megapatch.tools.preprocess.train_tokenizer import main as train_tokenizer
+from megapatch.trainer.pretrain import main
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # any free port
@@ -78,3 +79,14 @@ def steps(*parts: list[dict]) -> list[tuple[int, float, float, float]]:
 def log_of(save: Path) -> list[dict]:
     """The records of a run's JSON-lines log."""
     return [json.loads(line) for line in (save / "log.jsonl").read_text().splitlines()]
+
+
+def train(folder: Path, save: str, extra: str = "", kind: str = "dense") -> list[dict]:
+    """Run to the end in this process; the records of the log."""
+    assert main(arguments(folder, kind, save, extra)) == 0
+    return log_of(folder / save)
+
+
+def events(records: list[dict], kind: str) -> list[dict]:
+    """The records of one kind."""
+    return [record for record in records if record["event"] == kind]

@@ -21,8 +21,11 @@ def flops_per_token(config: TransformerConfig, vocab_size: int, seq_length: int,
     heads, groups = config.num_attention_heads, config.num_query_groups
     projections = h * d * (heads + 2 * groups) + heads * d * h
     scores = heads * d * seq_length  # q k^T and scores v, each s/2 keys on average
-    dense = 3 * h * config.ffn_hidden_size
-    experts = h * (config.num_moe_experts or 0) + 3 * h * (config.moe_ffn_hidden_size or 0) * config.moe_router_topk
+    matrices = 3 if config.gated_linear_unit else 2
+    dense = matrices * h * config.ffn_hidden_size
+    active = (config.moe_ffn_hidden_size or 0) * config.moe_router_topk  # feed-forward width that a token meets
+    active += config.moe_shared_expert_intermediate_size or 0
+    experts = h * (config.num_moe_experts or 0) + matrices * h * active
     layers = (
         config.num_layers * (projections + scores) + (config.num_layers - moe_layers) * dense + moe_layers * experts
     )

@@ -1,0 +1,208 @@
+"""What goes wrong while mp-pretrain runs: numbers that are not finite, full disks, damage, signals, killed ranks."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+from trainer_runs import ENVIRONMENT, TORCHRUN, arguments, corpus, error, events, launch, log_of, model, steps, train
+
+from megapatch.trainer.pretrain import main
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("faults")
+    corpus(made)
+    model(made, "dense")
+    model(made, "mixture", "qwen3_moe")
+    return made
+
+
+def test_weights_that_are_not_finite_end_the_run_and_are_never_saved(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(folder / "dense", tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    words = arguments(folder, str(tmp_path / "broken"), str(tmp_path / "run"), "--max-bad-steps 2 --save-interval 1")
+    assert main(words) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert "step 3: the loss is not finite (samples 16 to 23); 3 such steps in a row, giving up" in last
+    records = events(log_of(tmp_path / "run"), "train")
+    assert [(r["loss"], r["grad_norm"]) for r in records] == [(None, None)] * 3
+
+
+BAD = {"2": ["loss", 1], "3": ["gradient", 0]}
+GUARDED = {  # layout: (model, options)
+    "DP2": ("dense", ""),
+    "DP2 bf16": ("dense", "--precision bf16"),
+    "DP2 distributed": ("dense", "--use-distributed-optimizer"),
+    "PP2": ("dense", "--pp 2"),
+    "TP2": ("dense", "--tp 2"),
+    "EP2": ("mixture", "--ep 2"),
+}
+
+
+@pytest.fixture(scope="module")
+def guarded(folder: Path) -> dict[str, list[dict]]:
+    """Two processes, of which one at a time meets a number that is not finite."""
+    cases: dict[str, Any] = {}
+    for name, (kind, options) in GUARDED.items():
+        words = arguments(folder, kind, f"guarded/{name}", f"--train-iters 5 {options}")
+        cases[name] = {"arguments": words, "bad": BAD, "digests": True}
+    overlap = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --train-iters 5"
+    cases["overlap"] = {"arguments": arguments(folder, "dense", "guarded/overlap", overlap), "bad": BAD}
+    many = {"2": ["gradient", 1], "3": ["loss", 1]}
+    words = arguments(folder, "dense", "guarded/many", "--max-bad-steps 1 --save-interval 1")
+    cases["too many"] = {"arguments": words, "bad": many}
+    words = arguments(folder, "dense", "guarded/first", "--save-interval 1")
+    cases["first"] = {"arguments": words, "bad": {"1": ["loss", 0]}, "signal": {"step": 1, "number": 10}}
+    cases["first, rest"] = words
+    return launch(2, cases, folder)
+
+
+@pytest.mark.parametrize("layout", GUARDED)
+def test_a_step_with_bad_numbers_on_one_rank_changes_nothing_on_any(
+    guarded: dict[str, list[dict]], layout: str
+) -> None:
+    found = steps(guarded[layout])
+    assert [norm is None for _, _, norm, _ in found] == [False, True, True, False, False]
+    digests = [record["digest"] for record in events(guarded[layout], "state")]
+    assert digests[0] == digests[1] == digests[2]
+    assert len(set(digests)) == 3
+    assert found[3][3] == found[1][3]  # a skipped step does not move the schedule
+
+
+def test_skipped_steps_leave_overlapped_communication_in_order(guarded: dict[str, list[dict]]) -> None:
+    for a, b in zip(steps(guarded["overlap"]), steps(guarded["DP2 distributed"]), strict=True):
+        assert [x if x is None else pytest.approx(x, rel=1e-6) for x in a] == list(b)
+
+
+def test_too_many_bad_steps_end_the_run(guarded: dict[str, list[dict]], folder: Path) -> None:
+    assert "step 3: the loss is not finite (samples 16 to 23); 2 such steps in a row, giving up; the last" in error(
+        guarded["too many"]
+    )
+    assert [path.name for path in sorted((folder / "guarded/many").glob("iter_*"))] == ["iter_0000001", "iter_0000002"]
+
+
+def test_a_run_whose_first_step_was_bad_can_be_resumed(guarded: dict[str, list[dict]]) -> None:
+    assert [step for step, *_ in steps(guarded["first"], guarded["first, rest"])] == [1, 2, 3, 4]
+    assert all(norm is not None for _, _, norm, _ in steps(guarded["first, rest"]))
+
+
+def test_a_disk_without_room_is_told_before_the_first_byte(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1000, 900, 100))
+    assert main(arguments(folder, "dense", str(tmp_path / "run"))) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert "disk full: a checkpoint takes" in last and "100 are free" in last
+    assert not list((tmp_path / "run").glob("iter_*"))
+
+
+@pytest.mark.parametrize("where", ["writer", "seal"])
+def test_a_disk_that_fills_while_saving_leaves_the_old_checkpoint(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from megapatch.models import commit
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save = tmp_path / "run"
+    train(folder, str(save), "--train-iters 2")
+    with monkeypatch.context() as patch:
+        patch.setattr(*((filesystem_async, "_write_item") if where == "writer" else (commit, "digest")), full)
+        assert main(arguments(folder, "dense", str(save), "--lr-decay-iters 4")) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert "mp-pretrain: error: " in last and ("No space left" in last or "disk full" in last)
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
+    train(folder, str(save), "--lr-decay-iters 4")
+    assert [path.name for path in sorted(save.glob("iter_*"))] == ["iter_0000002", "iter_0000004"]
+
+
+def test_a_damaged_checkpoint_is_not_resumed(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    save = tmp_path / "run"
+    train(folder, str(save), "--train-iters 1")
+    file = next((save / "iter_0000001").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert main(arguments(folder, "dense", str(save))) == 1
+    assert f"{file.name}: content differs from manifest.json; it is damaged" in capfd.readouterr().err
+
+
+def test_a_signal_while_everything_loads_saves_after_one_step(folder: Path, tmp_path: Path) -> None:
+    script = [sys.executable, "-m", "megapatch.trainer.pretrain"]
+    words = arguments(folder, "dense", str(tmp_path / "run"), "--train-iters 1000")
+    run = subprocess.Popen([*script, *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait(lambda: catches(run.pid, signal.SIGUSR1))
+    run.send_signal(signal.SIGUSR1)
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, said
+    assert log_of(tmp_path / "run")[-1]["reason"] == "signal 10"
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "1"
+
+
+def catches(process: int, number: int) -> bool:
+    """Has the process a handler for the signal?"""
+    status = Path(f"/proc/{process}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def wait(condition: Any, limit_s: float = 120) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def torchrun(words: list[str], *options: str) -> subprocess.Popen:
+    command = [*TORCHRUN, "--nproc-per-node", "2", *options, "-m", "megapatch.trainer.pretrain", *words]
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def test_torchrun_restarts_a_killed_rank_and_passes_sigterm_on(folder: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    words = arguments(folder, "dense", str(save), "--train-iters 3000 --save-interval 3 --lr 0")
+    run = torchrun(words, "--max-restarts", "1", "--monitor-interval", "0.1")
+    wait(lambda: (save / "log.jsonl").exists() and len(events(log_of(save), "train")) >= 4)
+    workers = psutil.Process(run.pid).children()
+    workers[1].kill()
+    wait(lambda: len(events(log_of(save), "resume")) == 1 and log_of(save)[-1]["event"] == "train")
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=120)[1]
+    records = log_of(save)
+    assert records[-1]["reason"] == "signal 15", said
+    resumed = events(records, "resume")[0]["step"]
+    assert resumed >= 3 and resumed % 3 == 0
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == str(records[-1]["step"])
+    lost = [
+        line for line in said.splitlines() if "mp-pretrain" in line and "error: another process of this run" in line
+    ]
+    assert len(lost) == 1
+
+
+def test_under_torchrun_a_mistake_is_told_once(folder: Path, tmp_path: Path) -> None:
+    run = torchrun(arguments(folder, "dense", str(tmp_path / "run"), "--split 0,1"), "--monitor-interval", "0.1")
+    said = run.communicate(timeout=120)[1].splitlines()
+    message = "mp-pretrain[0]: error: --split 0,1: leaves nothing to train on"
+    assert run.returncode == 1
+    assert said[0] == message
+    assert [line for line in said if message in line][1:] == [f"  traceback : {message}"]  # torchrun's own report
