@@ -207,6 +207,7 @@ def run(
     ``work`` returns None or an exit status. Usage errors exit with 2 (also ValueError from __post_init__),
     UserError and full disks give one line on stderr and 1, Ctrl-C 130; a closed pipe ends quietly with 141.
     """
+    adopt_slurm()
     made, verbose = parser(options, prog=prog, epilog=epilog), False
     try:
         args: Any = _parse(made, argv)
@@ -229,6 +230,13 @@ def run(
         return _fail(prog, f"{error.filename or 'output'}: {error.strerror}", verbose)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def adopt_slurm() -> None:
+    """Under srun without torchrun, take rank and number of processes from the job step."""
+    step = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+    if "RANK" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        os.environ.update({name: os.environ[theirs] for name, theirs in step.items()})
 
 
 def _parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> Any:

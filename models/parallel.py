@@ -93,20 +93,8 @@ class Parallel(Common):
 
 
 def world_size() -> int:
-    """The number of processes, as torchrun or Slurm says; 1 when started by hand."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-
-
-def adopt_slurm() -> None:
-    """Under srun without torchrun, give torch.distributed the names that it reads."""
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and world_size() > 1:
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-        if "MASTER_ADDR" not in os.environ:
-            raise UserError(
-                "MASTER_ADDR is not set; start with torchrun, or export MASTER_ADDR and MASTER_PORT before srun"
-            )
+    """The number of processes, as torchrun or srun says; 1 when started by hand."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start(parallel: Parallel, device: "Device", *, timeout_s: float = 1800) -> None:
@@ -114,7 +102,6 @@ def start(parallel: Parallel, device: "Device", *, timeout_s: float = 1800) -> N
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    adopt_slurm()
     parallel.data_parallel_size(world_size())
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)

@@ -35,7 +35,7 @@ step "convert to megatron-core" mp-convert --source "$model" --target "$out/core
 
 half=$((steps / 2))
 cat >"$out/train.args" <<END
---model "$out/core" --data-path "$out/data" --split 95,5,0 --tp 2 --seq-length 256 --micro-batch-size 4
+--model "$out/core" --data-path "$out/data" --split 95,5,0 --tp 2 --sequence-parallel --seq-length 256 --micro-batch-size 4
 --global-batch-size 16 --train-iters $steps --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters $((steps / 10))
 --save-interval $((steps / 6)) --eval-interval $half --eval-iters 2 --log-interval $((steps / 6))
 END

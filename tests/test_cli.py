@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
+from unittest import mock
 
 import pytest
 
@@ -294,3 +295,21 @@ def test_importing_the_frame_loads_nothing_heavy():
     code = "import sys, megapatch.models.cli; print(*sys.modules)"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert loaded & {"torch", "numpy", "transformers", "megatron", "safetensors", "tokenizers"} == set()
+
+
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (SRUN, ["3", "1", "4"]),
+        (SRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, ["0", "0", "2"]),  # torchrun inside srun
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, [None, None, None]),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, [None, None, None]),  # a batch script, not a step of it
+    ],
+)
+def test_ranks_come_from_a_step_of_slurm(given, expected):
+    with mock.patch.dict(os.environ, given, clear=True):
+        cli.adopt_slurm()
+        assert [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == expected

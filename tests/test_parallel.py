@@ -1,12 +1,9 @@
 """Layouts that cannot be are refused before anything starts, with the flags that say so."""
 
-import os
-from unittest import mock
-
 import pytest
 
 from megapatch.models.cli import UserError
-from megapatch.models.parallel import Parallel, adopt_slurm
+from megapatch.models.parallel import Parallel
 
 DENSE = {"num_attention_heads": 8, "num_query_groups": 4, "num_layers": 12}
 MIXTURE = DENSE | {"num_moe_experts": 6}
@@ -58,12 +55,3 @@ def test_data_parallelism_takes_the_processes_that_remain(sizes: dict, world_siz
 def test_a_number_of_processes_that_the_layout_does_not_divide_is_refused(sizes: dict, flags: str) -> None:
     with pytest.raises(UserError, match=f"{flags} does not divide the number of processes, 4"):
         Parallel(**sizes).data_parallel_size(4)
-
-
-def test_srun_is_adopted() -> None:
-    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
-    with mock.patch.dict(os.environ, slurm, clear=True), pytest.raises(UserError, match="MASTER_ADDR is not set"):
-        adopt_slurm()
-    with mock.patch.dict(os.environ, slurm | {"MASTER_ADDR": "localhost"}, clear=True):
-        adopt_slurm()
-        assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]

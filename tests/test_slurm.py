@@ -24,7 +24,7 @@ SRUN = """#!/usr/bin/env bash
 # Starts SLURM_NTASKS tasks as srun does; sends them USR1 once the log has step WARNED_AT, if that is set.
 while [[ "$1" == --* ]]; do shift; done
 for ((i = 0; i < SLURM_NTASKS; i++)); do
-    SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
+    SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_STEP_NUM_TASKS=$SLURM_NTASKS "$@" &
     tasks+=($!)
 done
 if [ -n "${WARNED_AT:-}" ]; then

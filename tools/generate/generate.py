@@ -97,7 +97,6 @@ def generate(options: Options) -> None:
     from megapatch.models.tokenizer import Tokenizer
     from megapatch.tools.generate.results import refuse_existing
 
-    parallel.adopt_slurm()
     core = core_files.resolve(options.model) if core_files.is_core(options.model) else None
     hf = core_files.hf_config(core) if core else hf_files.config(options.model)
     for key in ("vocab_size", "max_position_embeddings"):
