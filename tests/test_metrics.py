@@ -103,6 +103,7 @@ def test_the_log_says_how_fast_and_how_large(logged: tuple[list[dict], Path]) ->
     for number, record in enumerate(steps, 1):
         assert record["step"] == number and record["consumed_samples"] == 8 * number
         assert record["tokens_per_s"] * record["step_s"] == pytest.approx(8 * 32)
-        assert record["tflops"] / record["tokens_per_s"] == steps[0]["tflops"] / steps[0]["tokens_per_s"]
+        flops = steps[0]["tflops"] / steps[0]["tokens_per_s"]
+        assert record["tflops"] / record["tokens_per_s"] == pytest.approx(flops)
         assert 50e6 < record["peak_memory_bytes"] < 64e9
-        assert 1 <= record["load_balancing_loss"] < 2  # 1: every expert gets as much
+        assert 0.5 < record["load_balancing_loss"] < 2  # near 1: every expert gets as much

@@ -42,6 +42,7 @@ def building(root: Path, name: str) -> Iterator[Path]:
     with together():
         if dist.get_rank() == 0 and not final.is_dir():
             chosen = [commit.staging_name(final)]
+            shutil.rmtree(chosen[0], ignore_errors=True)  # of a killed process with this one's number
             chosen[0].mkdir(parents=True)
     dist.broadcast_object_list(chosen)
     folder = chosen[0]
