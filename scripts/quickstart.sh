@@ -11,11 +11,13 @@ source "$MEGAPATCH_ROOT/scripts/steps.sh"
 input=() model="" out="$PWD/quickstart" steps=60
 while [ $# -gt 0 ]; do
     case "$1" in
-        --input) shift; while [ $# -gt 0 ] && [[ "$1" != --* ]]; do input+=("$1"); shift; done ;;
+        --input) shift; while [ $# -gt 0 ] && [[ "$1" != --* ]]; do input+=("$1"); shift; done
+            [ ${#input[@]} -gt 0 ] || { echo "--input needs a text file, or several" >&2; exit 2; } ;;
         --model) model="${2:?--model needs a Hugging Face folder}"; shift 2 ;;
         --output) out="${2:?--output needs a folder}"; shift 2 ;;
-        --steps) steps="${2:?--steps needs a number}"; shift 2 ;;
-        *) sed -n '2,4s/^# *//p' "${BASH_SOURCE[0]}"; [ "$1" = --help ]; exit ;;
+        --steps) steps="${2:?--steps needs a number}"; shift 2
+            [[ "$steps" =~ ^([6-9]|[1-9][0-9]{1,8})$ ]] || { echo "--steps $steps: expected 6 or more" >&2; exit 2; } ;;
+        *) sed -n '2,4s/^# *//p' "${BASH_SOURCE[0]}"; [ "$1" = --help ] || { echo "unknown: $1" >&2; exit 2; }; exit ;;
     esac
 done
 use_env

@@ -8,6 +8,7 @@ begin_steps() { # begin_steps FOLDER: start anew in it
         echo "$out exists and was not made by this script; remove it, or choose another --output" >&2
         return 1
     fi
+    trap 'exit 130' INT # also where the step that runs takes the Ctrl-C itself
     rm -rf "$out" && mkdir -p "$out/logs" && touch "$out/steps.jsonl" "$out/checks.jsonl"
 }
 
@@ -18,11 +19,10 @@ quoted() { # quoted TEXT...: as a JSON string
 
 step() { # step NAME COMMAND...: run it; its output goes to a log, a failure shows its end
     local name="$1" start=$EPOCHREALTIME log seconds
-    shift
-    number=$((number + 1))
-    log="$out/logs/$(printf %02d $number).log"
+    shift && number=$((number + 1))
+    log="$out/logs/$(printf %02d "$number").log"
     printf '%2d  %-40s ' "$number" "$name" >&2
-    "$@" >"$log" 2>&1 || { printf 'FAILED: %s\n' "$*" >&2; tail -n 20 "$log" >&2; return 1; }
+    "$@" >"$log" 2>&1 || { printf 'FAILED, log %s: %.300s\n' "$log" "$*" >&2; tail -n 20 "$log" >&2; return 1; }
     seconds=$(awk "BEGIN {printf \"%.1f\", $EPOCHREALTIME - $start}")
     printf '%6s s\n' "$seconds" >&2
     printf '{"step": %s, "seconds": %s, "command": %s}\n' "$(quoted "$name")" "$seconds" "$(quoted "$*")" >>"$out/steps.jsonl"
@@ -30,7 +30,7 @@ step() { # step NAME COMMAND...: run it; its output goes to a log, a failure sho
 
 killed_after() { # killed_after STEP LOG torchrun ...: kill -9 torchrun and its workers once LOG has STEP
     local at="$1" log="$2" pid workers
-    "${@:3}" &
+    (trap - INT && exec "${@:3}") & # without the trap a job of a script is deaf to Ctrl-C
     pid=$!
     until grep -qs "\"step\": $at," "$log"; do
         kill -0 "$pid" 2>/dev/null || { echo "ended before step $at"; return 1; }

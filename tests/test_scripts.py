@@ -3,7 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,58 @@ def test_an_unfinished_environment_is_made_again_and_a_finished_one_used(tmp_pat
     assert not (tmp_path / "env" / "half").exists() and (tmp_path / "env" / "bin" / "python").exists()
     again = subprocess.run(command, capture_output=True, text=True)
     assert (again.returncode, again.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--input"], "--input needs a text file"),
+        (["--input", "--steps", "9"], "--input needs a text file"),
+        (["--steps", "5"], "--steps 5: expected 6 or more"),
+        (["--steps", "many"], "--steps many: expected 6 or more"),
+        (["--outputs", "x"], "unknown: --outputs"),
+    ],
+)
+def test_a_wrong_option_of_the_quickstart_is_told_before_anything_starts(arguments, said, tmp_path):
+    done = subprocess.run(
+        [ROOT / "scripts" / "quickstart.sh", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert said in done.stderr
+
+
+STEPS = """
+source "$0" && begin_steps out
+step "one that is killed" killed_after 9 out/log {python} -c '
+import signal, sys, time
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+open("out/started", "w").close()
+time.sleep(30)'
+"""
+
+
+@pytest.mark.timeout(25)
+def test_ctrl_c_ends_the_step_that_is_to_be_killed_too(tmp_path):
+    started = subprocess.Popen(
+        ["bash", "-c", STEPS.format(python=sys.executable), ROOT / "scripts" / "steps.sh"],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (tmp_path / "out" / "started").exists():
+        assert started.poll() is None
+        time.sleep(0.05)
+    os.killpg(started.pid, signal.SIGINT)
+    assert started.wait(10) == 130
+    log = tmp_path / "out" / "logs" / "01.log"
+    while "KeyboardInterrupt" not in log.read_text():  # or the test's timeout
+        time.sleep(0.05)
+
+
+def test_a_step_that_fails_names_its_log_and_shows_its_end(tmp_path):
+    script = 'source "$0" && begin_steps out && step "list" ls nowhere'
+    done = subprocess.run(
+        ["bash", "-c", script, ROOT / "scripts" / "steps.sh"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "FAILED, log out/logs/01.log: ls nowhere" in done.stderr
+    assert "No such file" in done.stderr.splitlines()[-1]
