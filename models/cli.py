@@ -127,7 +127,7 @@ class _Parser(argparse_dataclass.ArgumentParser):
         except ValueError as error:
             raise ValueError(f"@file: {arg_line.strip()}: {error}; quote it as for a shell") from error
 
-    def error(self, message: str) -> Never:
+    def error(self, message: str) -> Never:  # type: ignore[misc]
         if os.environ.get("LOCAL_RANK", "0") != "0":  # under torchrun, the first process of a node tells
             self.exit(USAGE)
         super().error(message)

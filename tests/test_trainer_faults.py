@@ -71,6 +71,11 @@ def guarded(folder: Path) -> dict[str, list[dict]]:
     words = arguments(folder, "dense", "guarded/first", "--save-interval 1")
     cases["first"] = {"arguments": words, "bad": {"1": ["loss", 0]}, "signal": {"step": 1, "number": 10}}
     cases["first, rest"] = words
+    shutil.copytree(folder / "dense", folder / "shape")  # the last stage alone has this weight
+    weights = load_file(folder / "shape" / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"][1:].clone()
+    save_file(weights, folder / "shape" / "model.safetensors", {"format": "pt"})
+    cases["shape"] = arguments(folder, "shape", "guarded/shape", "--pp 2")
     return launch(2, cases, folder)
 
 
@@ -101,6 +106,10 @@ def test_too_many_bad_steps_end_the_run(guarded: dict[str, list[dict]], folder: 
 def test_a_run_whose_first_step_was_bad_can_be_resumed(guarded: dict[str, list[dict]]) -> None:
     assert [step for step, *_ in steps(guarded["first"], guarded["first, rest"])] == [1, 2, 3, 4]
     assert all(norm is not None for _, _, norm, _ in steps(guarded["first, rest"]))
+
+
+def test_a_mistake_that_one_rank_meets_ends_all_and_names_the_rank(guarded: dict[str, list[dict]]) -> None:
+    assert "UserError: rank 1: model.norm.weight: shape [31] in model.safetensors, [32]" in error(guarded["shape"])
 
 
 def test_a_disk_without_room_is_told_before_the_first_byte(

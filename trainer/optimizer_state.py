@@ -19,13 +19,16 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
+TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 Parameter = torch.nn.Parameter
 
 
 def allocate(optimizer: Any) -> None:
-    """Give every parameter of this rank Adam's state, as before the first step."""
+    """Give every parameter of this rank Adam's state, as before the first step; PyTorch's Adam runs fused."""
     for part in _parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
+        for group in part.optimizer.param_groups if isinstance(part.optimizer, TORCH_ADAM) else ():
+            group |= {"fused": True, "foreach": False}  # one pass over memory; megatron-core leaves it unset
     set_updates(optimizer, 0)
 
 
@@ -34,11 +37,11 @@ def set_updates(optimizer: Any, updates: int) -> None:
     for part in _parts(optimizer):
         inner = part.optimizer
         for group in inner.param_groups:
-            if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):  # Transformer Engine's counts by group
+            if not isinstance(inner, TORCH_ADAM):  # Transformer Engine's counts by group
                 group["step"] = updates
                 continue
             for parameter in group["params"]:
-                inner.state[parameter]["step"] = torch.tensor(float(updates))
+                inner.state[parameter]["step"] = torch.tensor(float(updates), device=parameter.device)
 
 
 def sharded(optimizer: Any, models: dict[str, Any], *, loading: bool) -> dict[str, Any]:
