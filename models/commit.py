@@ -106,6 +106,8 @@ def _real(target: Path) -> Path:
 
 def _make_room(target: Path) -> Path:
     """The free staging path of ``target``, whose parents exist durably."""
+    if wrong := [p for p in target.parents if p.exists() and not p.is_dir()]:
+        raise UserError(f"{wrong[0]}: is a file, expected a folder; choose another output than {target}")
     for parent in reversed([p for p in target.parents if not p.exists()]):
         parent.mkdir(exist_ok=True)
         fsync(parent.parent)

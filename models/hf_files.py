@@ -118,7 +118,8 @@ def read_header(path: Path) -> list[Tensor]:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
         if not 0 < length <= min(_HEADER_LIMIT_BYTES, size - 8):
-            raise UserError(f"{path}: {size} bytes, header said to be {length}; not a safetensors file, or cut short")
+            said = f"header said to be {length}" if length >= 0 else "too short for a header"
+            raise UserError(f"{path}: {size} bytes, {said}; not a safetensors file, or cut short: get it again")
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))

@@ -229,10 +229,14 @@ def test_a_link_stays_a_link(tmp_path):
     assert sorted(os.listdir(tmp_path / "far")) == ["d", "f"]
 
 
-def test_a_device_and_the_current_folder_are_refused(tmp_path, monkeypatch):
+def test_a_device_a_file_as_folder_and_the_current_folder_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="/dev/null: is not a regular file"):
         write_file(Path("/dev/null"))
+    (tmp_path / "file").touch()
+    for write in (write_file, write_folder):
+        with pytest.raises(UserError, match=f"{tmp_path}/file: is a file, expected a folder"):
+            write(tmp_path / "file" / "below" / "out")
     with pytest.raises(UserError, match="is the current folder"):
         write_folder(Path("."))
 

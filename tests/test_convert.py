@@ -173,6 +173,24 @@ def test_existing_targets_need_force(hf, core, tmp_path, capsys):
     fails(core["qwen3"], core["qwen3"], capsys, "is the source", left=contents(core["qwen3"]))
 
 
+def test_the_source_is_never_overwritten_also_with_force(core, hf, tmp_path, capsys):
+    root = shutil.copytree(core["qwen3"], tmp_path / "root" / "core")
+    folder = shutil.copytree(hf["qwen3"], tmp_path / "root" / "hf")
+    (tmp_path / "link").symlink_to(root)
+    shutil.copytree(folder, tmp_path / "models" / "release")
+    for source, target, said in (
+        (root, root / "release", "is the source"),
+        (root, tmp_path / "root", "holds it"),
+        (root / "release", root, "holds it"),
+        (root, tmp_path / "link" / "release", "is the source"),
+        (root, root / "release" / "hf", "lies inside the checkpoint"),
+        (folder, folder, "is the source"),
+        (tmp_path / "models" / "release", tmp_path / "models", "is the source"),
+    ):
+        fails(source, target, capsys, said, "--force", left=contents(target))
+    convert(root, root / "exported")  # a new folder beside the checkpoints is welcome
+
+
 def test_the_files_are_as_large_as_asked(core, tmp_path):
     one = convert(core["mixtral"], tmp_path / "one", "--max-shard-size", "1GB")
     assert [path.name for path in one.glob("*.safetensors*")] == ["model.safetensors"]

@@ -89,6 +89,13 @@ def test_an_unsupported_setting_is_refused_by_name(name: str, key: str) -> None:
         family.rope(changed)
 
 
+def test_mixtral_has_no_switch_for_its_windows() -> None:
+    hf = {"model_type": "mixtral", "rms_norm_eps": 1e-6, **family.known()["mixtral"].tiny, "sliding_window": 8}
+    for switch in ({}, {"use_sliding_window": False}):  # transformers does not read the switch
+        with pytest.raises(cli.UserError, match="sliding_window is 8; mixtral supports None only"):
+            family.placed_rules(hf | switch)
+
+
 OLD_SPELLING = {  # transformers 4: config.json of published models
     "llama": {
         "rope_theta": 500000.0,

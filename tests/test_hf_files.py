@@ -53,8 +53,8 @@ def test_headers_are_the_library_s_byte_for_byte(drawn):
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (lambda p: p.write_bytes(b""), "0 bytes, header said to be -1"),
-    "short": (lambda p: p.write_bytes(b"\0" * 7), "7 bytes, header said to be -1"),
+    "empty": (lambda p: p.write_bytes(b""), "0 bytes, too short for a header"),
+    "short": (lambda p: p.write_bytes(b"\0" * 7), "7 bytes, too short for a header"),
     "header of nothing": (lambda p: file(p, b""), "header said to be 0"),
     "header beyond the end": (lambda p: file(p, {}, length=3), "header said to be 3"),
     "huge header": (lambda p: file(p, {}, length=1 << 62), f"header said to be {1 << 62}"),

@@ -64,9 +64,9 @@ def shard_bytes(text: str) -> int:
 def convert(options: Options) -> None:
     """Plan, then copy into a staged folder that takes the target's name when complete."""
     source, root = options.source, options.target
-    if root.exists() and source.exists() and root.samefile(source):
-        raise UserError(f"--target {root}: is the source")
     back = core_files.is_core(source)
+    target = root if back else core_files.iteration_folder(root, core_files.RELEASE)
+    refuse_overlap(core_files.resolve(source) if back else source, target, root)
     plan = _to_hf(options) if back else to_core.plan(source, options.dtype)
     if not back and options.max_shard_size is not None:
         raise UserError("--max-shard-size: only for a Hugging Face target; core checkpoints have no such files")
@@ -76,12 +76,20 @@ def convert(options: Options) -> None:
         sys.stdout.writelines(json.dumps(line) + "\n" for line in plan.lines())
         return
     refuse_existing(root, options.force)
-    target = root if back else core_files.iteration_folder(root, core_files.RELEASE)
     with removing_empty(root):
         _write(plan, target, options)
     if not back:
         core_files.write_tracker(root, core_files.RELEASE)
     print(target)
+
+
+def refuse_overlap(source: Path, target: Path, root: Path) -> None:
+    """Refuse a target whose writing would change or remove the very folder that is read."""
+    read, written = source.resolve(), target.resolve()
+    if read in (written, root.resolve()) or read.is_relative_to(written):
+        raise UserError(f"--target {root}: is the source {source}, or holds it; choose another folder")
+    if core_files.is_core(source) and written.is_relative_to(read):
+        raise UserError(f"--target {root}: lies inside the checkpoint {source}; choose a folder beside it")
 
 
 @contextlib.contextmanager
