@@ -32,7 +32,6 @@ SAME: dict[int, dict[str, tuple[str, str]]] = {  # processes: {name: (model, opt
 }
 ACROSS: dict[int, dict[str, tuple[str, str, str]]] = {  # processes after: {name: (model, options before, after)}
     2: {
-        "1 to TP2": ("dense", "", "--tp 2"),
         "1 to TP2 distributed": ("dense", "", f"--tp 2 {DISTRIBUTED}"),
         "1 to PP2 VPP2": ("dense", "", "--pp 2 --vpp 2"),
         "1 to DP2 distributed": ("dense", "", OVERLAP),
@@ -40,12 +39,9 @@ ACROSS: dict[int, dict[str, tuple[str, str, str]]] = {  # processes after: {name
         "bf16, 1 to DP2 distributed": ("dense", "--precision bf16", f"--precision bf16 {DISTRIBUTED}"),
     },
     1: {
-        "TP2 to 1": ("dense", "--tp 2", ""),
         "TP2 distributed to 1": ("dense", f"--tp 2 {DISTRIBUTED}", ""),
         "PP2 to 1": ("dense", "--pp 2", ""),
         "DP2 distributed to 1": ("dense", OVERLAP, ""),
-        "DP2 distributed to 1 distributed": ("dense", DISTRIBUTED, DISTRIBUTED),
-        "EP2 to 1": ("mixture", "--ep 2", ""),
         "TP2 SP EP2 ETP1 to 1": ("mixture", "--tp 2 --sequence-parallel --ep 2 --etp 1", ""),
     },
 }

@@ -9,6 +9,7 @@ arguments, or an object that holds them as "arguments" and, when wanted, with st
     "signal": {"step": 3, "rank": 1, "number": 10}   this rank receives the signal while it logs step 3
     "bad": {"3": ["loss", 1], "4": ["gradient", 0]}  the loss of step 3 on rank 1 and a gradient of step 4 on rank 0 are
                                                      not finite
+    "fail": 1                                        loading the weights fails on this rank, with a UserError
     "kill": {"step": 4} or {"save": 4}               the process is killed (-9) after step 4, or while it saves step 4;
                                                      for one process only, before the first case without
     "digests": true                                  adds {"event": "state", "step", "digest"}: xxh3 of all parameters
@@ -35,7 +36,7 @@ from megapatch.trainer.options import PretrainOptions
 
 device.start()  # before megatron-core is imported
 
-from megapatch.trainer import step  # noqa: E402
+from megapatch.trainer import session, step  # noqa: E402
 from megapatch.trainer.pretrain import make_plan, prepare  # noqa: E402
 from megapatch.trainer.session import Session  # noqa: E402
 
@@ -43,9 +44,9 @@ from megapatch.trainer.session import Session  # noqa: E402
 class Memory:
     """A sink that keeps the records."""
 
-    def __init__(self, case: dict, session: Session) -> None:
+    def __init__(self, case: dict, run: Session) -> None:
         self.records: list[dict] = []
-        self.case, self.session = case, session
+        self.case, self.session = case, run
 
     def write(self, record: dict) -> None:
         self.records.append(dict(record))
@@ -64,13 +65,13 @@ class Memory:
         pass
 
 
-def state_digest(session: Session) -> str:
+def state_digest(run: Session) -> str:
     """One digest of this rank's parameters, masters and optimizer states."""
     state = xxhash.xxh3_128()
-    for model in session.models:
+    for model in run.models:
         for parameter in model.parameters():
             state.update(_bytes(parameter))
-    for optimizer in session.optimizer.chained_optimizers:
+    for optimizer in run.optimizer.chained_optimizers:
         for group in optimizer.optimizer.param_groups:
             for parameter in group["params"]:
                 state.update(_bytes(parameter))
@@ -97,12 +98,12 @@ class Faults:
     def spoil_loss(self, mask: torch.Tensor, output: torch.Tensor) -> Any:
         return self.loss(mask, output * float("inf") if self.what() == "loss" else output)
 
-    def spoil_gradient(self, session: Session, *args: Any, train: bool) -> Any:
-        self.step = session.step + 1 if train else -1
-        parameter = next(p for p in session.models[0].parameters() if p.dim() > 1)
+    def spoil_gradient(self, run: Session, *args: Any, train: bool) -> Any:
+        self.step = run.step + 1 if train else -1
+        parameter = next(p for p in run.models[0].parameters() if p.dim() > 1)
         wrong = self.what() == "gradient"  # before it is reduced over the ranks, as a number too large would be
         hook = parameter.register_hook(lambda gradient: gradient * float("nan")) if wrong else None
-        found = self.run_batches(session, *args, train=train)
+        found = self.run_batches(run, *args, train=train)
         if hook:
             hook.remove()
         return found
@@ -134,6 +135,18 @@ def killing(where: dict) -> Any:
     return mock.patch.object(commit, "seal", seal)
 
 
+def failing(rank: int) -> Any:
+    """Patch the loading of weights so that it fails on this rank."""
+
+    def load(*args: Any) -> None:
+        if rank == dist.get_rank():
+            raise cli.UserError("no such weights")
+        real(*args)
+
+    real = session.load_weights
+    return mock.patch.object(session, "load_weights", load)
+
+
 def run_case(case: Any) -> list[dict]:
     from megatron.core import parallel_state
 
@@ -144,7 +157,8 @@ def run_case(case: Any) -> list[dict]:
         plan = make_plan(options)
         if plan.done:
             return []
-        trainer, records = prepare(options, device.start(options.device), plan)
+        with failing(case.get("fail", -1)):
+            trainer, records = prepare(options, device.start(options.device), plan)
         memory = Memory(case, trainer.session)
         records.sinks.append(memory)
         if not options.save_interval and "signal" not in case and "save" not in case:

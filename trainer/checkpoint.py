@@ -7,7 +7,6 @@ and are restored where the layout is the same, which makes the resumed run equal
 import json
 import logging
 import os
-import queue
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megapatch.models import commit, core_files
-from megapatch.models.cli import UserError
+from megapatch.models.cli import FAILED, UserError
 from megapatch.models.family import HfConfig
 from megapatch.models.load import hf_folder
 from megapatch.models.parallel import Parallel
@@ -110,9 +108,7 @@ def _write(session: Session, stage: Path) -> None:
     for chunk in gathering:
         chunk.disable_forward_pre_hook()  # and bring every rank's parameters up to date
     state = _state(session, loading=False)
-    # by default a manager process, meant for asynchronous saves, which a SIGTERM to the process group would kill
-    filesystem_async._results_queue = queue.Queue()
-    with together(), _naming_failed_writes(stage):
+    with _naming_failed_writes(stage):
         dist_checkpointing.save(state, str(stage), content_metadata=dict(CONTENT))
     for chunk in gathering:
         chunk.enable_forward_pre_hook()
@@ -120,13 +116,24 @@ def _write(session: Session, stage: Path) -> None:
 
 @contextmanager
 def _naming_failed_writes(stage: Path) -> Iterator[None]:
-    """Turn torch's report of files that could not be written into one line."""
+    """Turn torch's report of files that could not be written, which every rank gets, into one line."""
     try:
         with commit.naming_full_disks(stage):
             yield
     except CheckpointException as error:
-        reasons = {str(failure) for failure, _ in error.failures.values()}
-        raise UserError(f"{stage}: not written ({'; '.join(sorted(reasons))}); nothing was kept") from error
+        if not first():
+            raise SystemExit(FAILED) from error
+        reasons = sorted({str(failure) for failure, _ in error.failures.values()})
+        raise UserError(_not_written(stage, "; ".join(reasons))) from error
+    except RuntimeError as error:  # of torch.save, in rank 0 alone: leave at once, or the others wait
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise UserError(_not_written(stage, str(error).splitlines()[0])) from error
+
+
+def _not_written(stage: Path, reason: str) -> str:
+    free = shutil.disk_usage(stage.parent).free
+    return f"{stage}: not written ({reason}); {free:,} bytes are free; nothing was kept, run again"
 
 
 def _finish(session: Session, stage: Path, target: Path, source: Source) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from megatron.core.transformer import TransformerConfig
 
+from megapatch.models import commit
 from megapatch.models.cli import UserError
 
 
@@ -48,11 +49,12 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(path)
-        self.file = path.open("a", buffering=1)
+        self.path, self.file = path, path.open("a", buffering=1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        with commit.naming_full_disks(self.path):
+            self.file.write(json.dumps(finite) + "\n")
 
     def close(self) -> None:
         self.file.close()
