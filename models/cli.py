@@ -128,6 +128,7 @@ class _Parser(argparse_dataclass.ArgumentParser):
             raise ValueError(f"@file: {arg_line.strip()}: {error}; quote it as for a shell") from error
 
     def error(self, message: str) -> Never:  # type: ignore[misc]
+        tell_torchrun(f"{_label(self.prog)}: error: {message}")
         if os.environ.get("LOCAL_RANK", "0") != "0":  # under torchrun, the first process of a node tells
             self.exit(USAGE)
         super().error(message)
@@ -268,10 +269,15 @@ def _fail(prog: str, message: str, verbose: bool) -> int:
         traceback.print_exc()
     line = f"{_label(prog)}: error: {' '.join(message.splitlines())}"
     print(line, file=sys.stderr, flush=True)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its own report with what it finds there
+    tell_torchrun(line)
+    return FAILED
+
+
+def tell_torchrun(line: str) -> None:
+    """Leave a message with which torchrun, where it started this process, ends its own report."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
-    return FAILED
 
 
 def _label(prog: str) -> str:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -236,8 +237,10 @@ def naming_full_disks(target: Path) -> Iterator[None]:
     """Turn 'no space left' into a message that names the target and the free bytes."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FULL:
+    except Exception as error:  # libraries written in Rust raise kinds of their own
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else found and int(found[1])
+        if number not in _FULL:
             raise
         free = shutil.disk_usage(target.parent).free
         raise UserError(

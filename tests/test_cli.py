@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import json
 import os
 import signal
 import subprocess
@@ -313,3 +314,14 @@ def test_ranks_come_from_a_step_of_slurm(given, expected):
     with mock.patch.dict(os.environ, given, clear=True):
         cli.adopt_slurm()
         assert [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == expected
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_wrong_usage_is_left_for_the_report_of_torchrun_by_every_rank(rank, tmp_path, capsys):
+    word = tmp_path / "error.json"  # torchrun shows that of the process that ended first
+    given = {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_ERROR_FILE": str(word)}
+    with mock.patch.dict(os.environ, given), pytest.raises(SystemExit, match="2"):
+        run(["in", "--rate", "1", "--bogus"])
+    message = f"mp-test[{rank}]: error: unrecognized arguments: --bogus"
+    assert json.loads(word.read_text())["message"]["message"] == message
+    assert capsys.readouterr().err.count("--bogus") == (rank == "0")  # said once a node

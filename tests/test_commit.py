@@ -159,6 +159,15 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     assert told.stdout.startswith(f"{tmp_path}/out: disk full (") and told.stdout.count("\n") == 1
 
 
+@pytest.mark.parametrize("kind", [Exception, RuntimeError])  # of tokenizers, and what safetensors' own is made of
+def test_a_full_disk_that_a_rust_library_met_is_told_and_no_other_failure_is(kind, tmp_path):
+    with pytest.raises(UserError, match="out: disk full"), commit.staged_file(tmp_path / "out"):
+        raise kind("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(kind, match="os error 5"), commit.staged_file(tmp_path / "out"):
+        raise kind("Input/output error (os error 5)")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def steps(monkeypatch, tmp_path) -> list[tuple[str, str]]:
     """What is fsynced and renamed from here on, in order, by short names: (call, path)."""

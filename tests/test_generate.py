@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,10 @@ def test_text_and_json_lines_from_files_and_stdin_are_the_same(
         assert run(capsys, "--model", model, "--input", file, *SHORT) == expected
         give_stdin(file.read_text())
         assert run(capsys, "--model", model, "--input", "-", *SHORT) == expected
+    reader, writer = os.pipe()
+    os.write(writer, text.read_bytes())
+    os.close(writer)
+    assert run(capsys, "--model", model, "--input", f"/dev/fd/{reader}", *SHORT) == expected  # <(command) of a shell
     ids = [{"prompt_token_ids": Tokenizer(model).encode(one)} for one in TEXTS]
     lines.write_text("".join(json.dumps(one) + "\n" for one in ids))
     for row in expected:
@@ -254,6 +259,7 @@ def test_what_cannot_fit_is_one_line(model: Path, tmp_path: Path, capsys: pytest
     plain = letter_tokenizer(tmp_path / "plain")
     empty = tmp_path / "empty.txt"
     empty.touch()
+    assert convert(["--source", str(model), "--target", str(tmp_path / "core")]) == 0
     base = ["--model", str(model)]
     cases: dict[str, list[str]] = {
         "the tokenizer has ids up to 256, the model's vocab_size is 96": [
@@ -266,6 +272,12 @@ def test_what_cannot_fit_is_one_line(model: Path, tmp_path: Path, capsys: pytest
         "no tokenizer": ["--model", str(small)],
         "names no bos_token": [*base, "--tokenizer", str(plain), "--add-bos"],
         "1 processes, but this layout is for 2": [*base, "--tp", "2"],
+        "is a core checkpoint; make a Hugging Face folder of it with mp-convert": [
+            "--model",
+            str(tmp_path / "core"),
+            "--engine",
+            "transformers",
+        ],
     }
     for message, arguments in cases.items():
         capsys.readouterr()
@@ -273,7 +285,7 @@ def test_what_cannot_fit_is_one_line(model: Path, tmp_path: Path, capsys: pytest
         err = capsys.readouterr().err
         assert message in err
         assert len(err.splitlines()) == 1
-    for message, name in {"no such file": "absent.txt", "empty; expected prompts": "empty.txt"}.items():
+    for message, name in {"no such file": "absent.txt", "is a folder": "core", "empty; expected": "empty.txt"}.items():
         assert main([*base, "--input", str(tmp_path / name)]) == 1
         assert message in capsys.readouterr().err
 

@@ -103,7 +103,7 @@ def generate(options: Options) -> None:
         if not isinstance(hf.get(key), int):
             raise UserError(f"{options.model}: config.json: {key} is {hf.get(key)!r}; expected an integer")
     tokenizer = Tokenizer(options.tokenizer or core or options.model, trust_remote_code=options.trust_remote_code)
-    _check(options, tokenizer, hf)
+    _check(options, tokenizer, hf, core is not None)
     prompts = None
     if os.environ.get("RANK", "0") == "0":  # only the first process reads stdin and writes
         refuse_existing(options.output, options.force)
@@ -120,8 +120,13 @@ def generate(options: Options) -> None:
         parallel.stop()
 
 
-def _check(options: Options, tokenizer: Any, hf: Any) -> None:
+def _check(options: Options, tokenizer: Any, hf: Any, is_core: bool) -> None:
     """Refuse what cannot fit before anything is loaded."""
+    if is_core and options.engine == "transformers":
+        raise UserError(
+            f"--engine transformers: {options.model} is a core checkpoint; make a Hugging Face folder of it "
+            "with mp-convert, or leave out --engine"
+        )
     vocab_size = hf["vocab_size"]
     if tokenizer.vocab_size > vocab_size:
         raise UserError(

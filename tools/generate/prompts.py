@@ -40,8 +40,9 @@ class Reader:
         if source == "-":
             return self._lines(sys.stdin.buffer, "stdin", format)
         path = Path(source)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; expected prompts, one a line")
+        if not path.exists() or path.is_dir():  # a pipe, such as <(command), is as good as a file
+            found = "is a folder" if path.is_dir() else "no such file"
+            raise UserError(f"{path}: {found}; expected prompts, one a line")
         if format == "auto" and path.suffix in (".jsonl", ".txt"):
             format = "jsonl" if path.suffix == ".jsonl" else "text"
         with path.open("rb") as file:
