@@ -137,7 +137,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_checkpoint(
     save = tmp_path / "run"
     train(folder, str(save), "--train-iters 2")
     with monkeypatch.context() as patch:
-        patch.setattr(*places.get(where, (commit, "digest", full)))
+        patch.setattr(*places.get(where, (commit, "seal", full)))
         assert main(arguments(folder, "dense", str(save), "--lr-decay-iters 4")) == 1
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("mp-pretrain: error: ") and ("bytes are free" in last or "bytes free" in last)

@@ -47,7 +47,7 @@ def together() -> Iterator[None]:
     except OSError as error:
         if error.errno not in USER_ERRNOS:
             raise
-        problem = f"{error.filename}: {error.strerror}"
+        problem = f"{error.filename or 'output'}: {error.strerror}"
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, problem)
     for rank, text in enumerate(found):

@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megapatch.models import core_files, parallel
 from megapatch.models.build import DTYPES, ModelOptions, build
@@ -55,6 +56,7 @@ class Session:
 def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) -> Session:
     """Join the process groups and build the run; with ``load``, with the weights of --model."""
     parallel.start(options, device, timeout_s=options.timeout_s)
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # megatron-core keeps it from earlier uses in this process
     seed_everything(options.seed, parallel_state.get_pipeline_model_parallel_rank())
     with together():
         models = build(hf, ModelOptions(options, device, options.precision, options.seq_length, _overrides(options)))
