@@ -64,8 +64,15 @@ def resolve(path: Path) -> Path:
         raise UserError(f"{path}: not a core checkpoint: no {TRACKER} and no {METADATA}{_instead(path)}")
     folder = iteration_folder(path, step)
     if not (folder / METADATA).is_file():
-        raise UserError(f"{path / TRACKER}: names {folder.name}, but {folder / METADATA} does not exist")
+        raise UserError(f"{path / TRACKER}: names {folder.name}, but {folder / METADATA} does not exist{_older(path)}")
     return folder
+
+
+def _older(root: Path) -> str:
+    """What to write into the tracker to go on from the newest checkpoint that is there."""
+    if there := sorted(p.parent.name for p in root.glob(f"iter_{'[0-9]' * 7}/{METADATA}")):
+        return f"; to use {there[-1]}, write {int(there[-1][5:])} into {TRACKER}"
+    return "; bring the folder back, or make it again"
 
 
 def _instead(path: Path) -> str:

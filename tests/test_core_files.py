@@ -174,7 +174,12 @@ def test_other_paths_are_told_apart(tmp_path):
     with pytest.raises(UserError, match="it is a Hugging Face folder: convert it first with mp-convert"):
         core_files.resolve(tmp_path)
     core_files.write_tracker(tmp_path, 5)
-    with pytest.raises(UserError, match=r"names iter_0000005, but .* does not exist"):
+    with pytest.raises(UserError, match=r"names iter_0000005, but .* does not exist; bring the folder back"):
+        core_files.resolve(tmp_path)
+    for step in (3, 4):
+        core_files.iteration_folder(tmp_path, step).mkdir()
+        (core_files.iteration_folder(tmp_path, step) / core_files.METADATA).touch()
+    with pytest.raises(UserError, match="to use iter_0000004, write 4 into latest_checkpointed_iteration.txt"):
         core_files.resolve(tmp_path)
     for text in ("", "latest", "1.5", "٣", "-3"):
         (tmp_path / core_files.TRACKER).write_text(text)
