@@ -180,6 +180,14 @@ def test_keep_leaves_the_newest_checkpoints_and_those_ahead(folder: Path, tmp_pa
     assert [path.name for path in sorted(save.glob("iter_*"))] == ["iter_0000004"]
 
 
+def test_keep_may_remove_the_checkpoint_that_the_run_came_from(folder: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    train(folder, str(save), "--train-iters 1")
+    train(folder, str(save), "--save-interval 1 --keep 1")
+    assert [path.name for path in sorted(save.glob("iter_*"))] == ["iter_0000004"]
+    assert {path.name for path in (save / "iter_0000004" / "hf").iterdir()} >= {"config.json", "tokenizer.json"}
+
+
 def test_a_dry_run_describes_and_starts_nothing(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

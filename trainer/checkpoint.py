@@ -66,6 +66,12 @@ def find_source(model: Path, tokenizer: Path | None) -> Source:
     return Source(config, find_tokenizer(tokenizer or config.parent))
 
 
+def source_in(checkpoint: Path) -> Source:
+    """The copies that a checkpoint folder of ours carries."""
+    folder = checkpoint / core_files.HF_SUBFOLDER
+    return Source(folder / "config.json", folder)
+
+
 def newest(root: Path) -> Path | None:
     """The checkpoint folder to resume from, None in a fresh folder."""
     return core_files.resolve(root) if core_files.read_tracker(root) is not None else None

@@ -133,6 +133,7 @@ class Trainer:
             return
         start = time.perf_counter()
         folder = checkpoint.save(self.session, self.source)
+        self.source = checkpoint.source_in(folder)  # --keep may remove the checkpoint that this run came from
         self.saved_step = self.session.step
         self.records.write("save", step=self.session.step, seconds=time.perf_counter() - start, folder=str(folder))
         log.info("saved %s", folder)
