@@ -29,9 +29,11 @@ def test_equality_is_to_the_bit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: object, status: int, found: str
 ) -> None:
     files = [lines(tmp_path / "a", TRAIN), lines(tmp_path / "b", change(TRAIN))]  # type: ignore[operator]
-    assert main(["--name", "same", "--equal", *files, "--where", "event=train", "--fields", "loss"]) == status
-    result = json.loads(capsys.readouterr().out)
-    assert (result["check"], result["ok"], result["found"]) == ("same", status == 0, found)
+    assert main(["--name", "é = é", "--equal", *files, "--where", "event=train", "--fields", "loss"]) == status
+    out = capsys.readouterr().out
+    result = json.loads(out)
+    assert "é = é" in out  # readable where it is shown as it is
+    assert (result["check"], result["ok"], result["found"]) == ("é = é", status == 0, found)
 
 
 @pytest.mark.parametrize(("values", "status"), [([3.0, 4.0, 2.9], 0), ([3.0, 3.0], 1), ([3.0], 1), ([3.0, None], 1)])

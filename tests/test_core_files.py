@@ -179,7 +179,7 @@ def test_other_paths_are_told_apart(tmp_path):
     for step in (3, 4):
         core_files.iteration_folder(tmp_path, step).mkdir()
         (core_files.iteration_folder(tmp_path, step) / core_files.METADATA).touch()
-    with pytest.raises(UserError, match="to use iter_0000004, write 4 into latest_checkpointed_iteration.txt"):
+    with pytest.raises(UserError, match="to use iter_0000004, write 4 into latest_checkpointed_iteration"):
         core_files.resolve(tmp_path)
     for text in ("", "latest", "1.5", "٣", "-3"):
         (tmp_path / core_files.TRACKER).write_text(text)

@@ -65,11 +65,14 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(
 
 
 def test_models_that_differ_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = (make(tmp_path / name, "qwen3", dtype=torch.float32) for name in ("a", "b"))
+    first, second = (make(tmp_path / name, "qwen3", dtype=torch.float32) for name in ("a", "ü"))
     rewrite(second, lambda t: t[UP].mul_(1.01))
+    capsys.readouterr()
     status = verify(["--source", str(first), "--target", str(second), "--tokens", "32"])
-    result = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    result = json.loads(told.out)
     assert status == 1
+    assert "ü are equal" in told.out and "Loading" not in told.err  # bars of transformers are for terminals
     assert result["ok"] is False
     assert result["max_abs_diff"] > 1e-4
 

@@ -1,5 +1,6 @@
 """mp-preprocess: bad input, full disks, interrupts and dead workers are told in one line and leave nothing."""
 
+import gzip
 import io
 import json
 import os
@@ -121,6 +122,7 @@ INPUTS = [
     (("folder",), (), "folder: is a folder; say which of its files with --glob"),
     (("folder",), ("--glob", "*.md"), "folder: holds no file that matches --glob *.md"),
     (("folder/a.txt",), ("--glob", "*.txt"), "--glob *.txt: no folder among --input"),
+    (("folder/a.jsonl.gz",), (), "folder/a.jsonl.gz: is compressed; unpack it on the way: zcat "),
     (("folder/empty.txt",), (), "no documents in --input (1 empty, 0 bad)"),
 ]
 
@@ -139,6 +141,7 @@ def test_inputs_that_give_nothing_are_errors(
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.txt").write_text("a")
     (tmp_path / "folder" / "empty.txt").write_text("")
+    (tmp_path / "folder" / "a.jsonl.gz").write_bytes(gzip.compress(b"{}"))
     assert run(tok, tmp_path / "out" / "data", *inputs, more=more) == 1
     assert f"mp-preprocess: error: {message}" in capfd.readouterr().err
     assert left(tmp_path / "out") == []

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def verify(options: VerifyOptions) -> int:
         "found": f"largest difference {largest:.2g} over {options.tokens} tokens",
         "expected": f"at most {options.atol:.2g}",
     }
-    print(json.dumps(claim | result))
+    print(json.dumps(claim | result, ensure_ascii=False))
     return OK if claim["ok"] else FAILED
 
 
@@ -112,7 +113,10 @@ def _core_logits(folder: Path, hf: dict[str, Any], ids: "Tensor", device: Any) -
 def _transformers_logits(folder: Path, hf: dict[str, Any], ids: "Tensor", device: Any) -> "Tensor":
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.to(device.torch).eval()(ids).logits
 

@@ -1,5 +1,6 @@
 """The same prompts through transformers: the answers that megapatch's engine is held against."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ def generate(model: Path, requests: Sequence[Request], tokenizer: Any, dtype: An
     """Greedy completions, one prompt at a time; what transformers would do another way is refused (UserError)."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     if any(request.sampling.temperature or request.sampling.stop for request in requests):
         raise UserError("--engine transformers: greedy and without stop strings only; drop --temperature and --stop")
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True).to(device).eval()

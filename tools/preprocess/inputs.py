@@ -12,6 +12,7 @@ from megapatch.models.cli import Common, UserError, opt
 
 STDIN = "-"
 _JSONL = (".jsonl", ".json", ".ndjson")
+_UNPACK = {".gz": "zcat", ".zst": "zstdcat", ".xz": "xzcat", ".bz2": "bzcat"}
 _MAX_PIECES = 1000  # per chunk, so that a million empty files do not make one task
 
 
@@ -106,6 +107,8 @@ def _expand(name: str, glob: str) -> list[str]:
         return names
     if not path.exists():
         raise UserError(f"{name}: no such file; expected a file, a folder with --glob, or - for standard input")
+    if tool := _UNPACK.get(path.suffix):
+        raise UserError(f"{name}: is compressed; unpack it on the way: {tool} {name} | ... --input -")
     return [name]
 
 

@@ -51,7 +51,7 @@ def check(options: CheckOptions) -> int:
     else:
         assert options.falls is not None
         result = falls(options, read(options.falls, options))
-    print(json.dumps({"check": options.name, **result}))
+    print(json.dumps({"check": options.name, **result}, ensure_ascii=False))
     return OK if result["ok"] else FAILED
 
 
