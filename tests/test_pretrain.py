@@ -213,8 +213,10 @@ def test_log_interval_thins_the_talk_not_the_log(folder: Path, tmp_path: Path, c
 
 def test_random_weights_learn(folder: Path, tmp_path: Path) -> None:
     words = arguments(folder, "dense", str(tmp_path / "run"), "--train-iters 30 --lr 1e-2 --global-batch-size 16")
-    words[words.index("--model") : words.index("--model") + 2] = ["--init-from", str(folder / "dense" / "config.json")]
+    shutil.copyfile(folder / "dense" / "config.json", tmp_path / "small.json")
+    words[words.index("--model") : words.index("--model") + 2] = ["--init-from", str(tmp_path / "small.json")]
     assert main(words) == 0
+    assert (tmp_path / "run" / "iter_0000030" / "hf" / "config.json").is_file()
     losses = [r["loss"] for r in events(log_of(tmp_path / "run"), "train")]
     assert losses[0] == pytest.approx(math.log(511), abs=0.05)
     assert losses[-1] < losses[0] - 0.7

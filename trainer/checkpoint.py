@@ -56,7 +56,7 @@ class Source:
     def copy(self, target: Path) -> None:
         """Put config.json, the tokenizer and what else describes the model into the folder ``target``."""
         target.mkdir()
-        shutil.copyfile(self.config, target / self.config.name)
+        shutil.copyfile(self.config, target / "config.json")  # --init-from may name any file
         copy_tokenizer(self.tokenizer, target)
 
 
