@@ -74,7 +74,21 @@ def source_in(checkpoint: Path) -> Source:
 
 def newest(root: Path) -> Path | None:
     """The checkpoint folder to resume from, None in a fresh folder."""
-    return core_files.resolve(root) if core_files.read_tracker(root) is not None else None
+    if core_files.read_tracker(root) is not None:
+        return core_files.resolve(root)
+    if any(root.glob(f"iter_{'[0-9]' * 7}")):
+        raise UserError(f"{root}: holds checkpoints but no tracker{core_files.older(root)}, or name another --save")
+    return None
+
+
+def refuse_other_model(given: Path, resumed: Path) -> None:
+    """Refuse to resume with another model than the one that is there (UserError); one that is gone is not missed."""
+    config = given if given.is_file() else hf_folder(given) / "config.json" if given.is_dir() else given
+    if config.is_file() and Source(config, config.parent).hf != source_in(resumed).hf:
+        raise UserError(
+            f"{config}: differs from the config.json of {resumed}, from which this run would resume; "
+            "name the model that it started from, or another --save"
+        )
 
 
 def save(session: Session, source: Source) -> Path:
@@ -234,5 +248,9 @@ def check(folder: Path) -> None:
     with together():
         core_files.load_metadata_safely(folder)
         share = (torch.distributed.get_rank(), torch.distributed.get_world_size())
-        if not commit.verify(folder, share=share):
+        try:
+            verified = commit.verify(folder, share=share)
+        except UserError as error:
+            raise UserError(f"{error}{core_files.older(folder.parent, folder)}") from error
+        if not verified:
             warn(log, "%s: has no manifest, so its content is not verified", folder)

@@ -83,8 +83,11 @@ def make_plan(options: PretrainOptions) -> Plan:
 
     resumed = checkpoint.newest(options.save)
     step = core_files.read_tracker(options.save)
-    begin = resumed or options.model or options.init_from
-    assert begin is not None
+    given = options.model or options.init_from
+    begin = resumed or given
+    assert begin is not None and given is not None
+    if resumed is not None:
+        checkpoint.refuse_other_model(given, resumed)
     source = checkpoint.find_source(begin, None if resumed else options.tokenizer)
     hf, tokenizer = source.hf, Tokenizer(source.tokenizer)
     options.check_model(family.find(hf).transformer_config(hf))

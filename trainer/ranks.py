@@ -2,16 +2,18 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megapatch.models.cli import FAILED, USER_ERRNOS, UserError
+from megapatch.models.cli import FAILED, USER_ERRNOS, UserError, tell_torchrun
+from megapatch.trainer import signals
 
 
 def first() -> bool:
     """True in the process that speaks for all."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    return os.environ.get("RANK", "0") == "0"
 
 
 def warn(log: logging.Logger, message: str, *args: Any) -> None:
@@ -27,8 +29,16 @@ def told_once_per_node() -> Iterator[None]:
         yield
     except UserError:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+            _let_the_first_tell()
             raise SystemExit(FAILED) from None
         raise
+
+
+def _let_the_first_tell(limit_s: float = 10) -> None:
+    """Wait to be asked to leave: torchrun ends all processes, whatever they are about to say, when one ends."""
+    end = time.monotonic() + limit_s
+    while not signals.asked() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -52,9 +62,11 @@ def together() -> Iterator[None]:
     dist.all_gather_object(found, problem)
     for rank, text in enumerate(found):
         if text:
+            told = text if rank == 0 else f"rank {rank}: {text}"
             if dist.get_rank() != 0:
+                tell_torchrun(told)
                 raise SystemExit(FAILED)
-            raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+            raise UserError(told)
 
 
 @contextmanager
