@@ -64,13 +64,14 @@ def resolve(path: Path) -> Path:
         raise UserError(f"{path}: not a core checkpoint: no {TRACKER} and no {METADATA}{_instead(path)}")
     folder = iteration_folder(path, step)
     if not (folder / METADATA).is_file():
-        raise UserError(f"{path / TRACKER}: names {folder.name}, but {folder / METADATA} does not exist{_older(path)}")
+        raise UserError(f"{path / TRACKER}: names {folder.name}, but {folder / METADATA} does not exist{older(path)}")
     return folder
 
 
-def _older(root: Path) -> str:
-    """What to write into the tracker to go on from the newest checkpoint that is there."""
-    if there := sorted(p.parent.name for p in root.glob(f"iter_{'[0-9]' * 7}/{METADATA}")):
+def older(root: Path, damaged: Path | None = None) -> str:
+    """What to write into the tracker to go on from the newest checkpoint that is there, but for ``damaged``."""
+    folders = sorted(p.parent for p in root.glob(f"iter_{'[0-9]' * 7}/{METADATA}"))
+    if there := [folder.name for folder in folders if folder != damaged]:
         return f"; to use {there[-1]}, write {int(there[-1][5:])} into {TRACKER}"
     return "; bring the folder back, or make it again"
 

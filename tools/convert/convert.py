@@ -40,6 +40,9 @@ class Options(Common):
         "largest .safetensors file, such as 500MB or 5GB (default: as the model came, else 5GB)", None
     )
     jobs: int = opt("files written at the same time", 4, flags=["--jobs", "-j"])
+    skip_digests: bool = opt(
+        "do not compare the content of a core checkpoint with its manifest: reads it once less", False
+    )
     dry_run: bool = opt(
         "print the plan as JSON lines (bytes of each target file, and where from); write nothing", False
     )
@@ -105,7 +108,7 @@ def removing_empty(root: Path) -> Iterator[None]:
 
 def _to_hf(options: Options) -> Plan:
     checkpoint = core_files.resolve(options.source)
-    if not verify(checkpoint, digests=False):
+    if not verify(checkpoint, digests=not (options.skip_digests or options.dry_run)):
         log.warning("%s: no manifest.json; its content cannot be verified", checkpoint)
     limit = options.max_shard_size
     return to_hf.plan(checkpoint, options.dtype, None if limit is None else shard_bytes(limit))
