@@ -4,20 +4,9 @@ All layouts of one number of processes run in one set of them (tests/train_worke
 ``pytest -s tests/test_layouts.py`` prints the table.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
-from model_folders import make, soften
-
-from megapatch.tools.preprocess.preprocess import main as preprocess
-from megapatch.tools.preprocess.train_tokenizer import main as train_tokenizer
+import trainer_runs
+from trainer_runs import launch
 
 STEPS = 5
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
@@ -56,69 +45,31 @@ MODELS = {"qwen3": DENSE, "qwen3_moe": MIXTURE}
 CASES = [(model, name) for model, layouts in MODELS.items() for name in layouts]
 
 
-def launch(world_size: int, cases: dict[str, Any], folder: Path, root: Path) -> dict[str, list[dict]]:
-    """Run training cases in ``world_size`` processes; the log records of each."""
-    given, results = folder / f"cases{world_size}.json", folder / f"results{world_size}.json"
-    given.write_text(json.dumps(cases))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
-    command += ["--master-port", str(port), str(root / "tests" / "train_worker.py"), str(given), str(results)]
-    ran = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    records = json.loads(results.read_text())
-    errors = [f"{name}: {log[0]['text']}" for name, log in records.items() if log[0]["event"] == "error"]
-    assert not errors, f"{len(errors)} cases failed, the first: {errors[0]}"
-    return records
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, list[tuple[float, float]]]:
-    """(loss, gradient norm) of each step of each case, with the single process as 'qwen3 alone'."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, float, float, float]]]:
+    """Step, loss, gradient norm and learning rate of each step of each case; the single process is 'MODEL alone'."""
     folder = tmp_path_factory.mktemp("layouts")
-    text = [str(path) for path in sorted((root / "models").glob("*.py"))]
-    assert train_tokenizer(["--input", *text, "--vocab-size", "511", "--output", str(folder / "tokenizer")]) == 0
-    data = ["--append-eod", "--workers", "1", "--output-prefix", str(folder / "data")]
-    assert preprocess(["--input", *text, "--tokenizer", str(folder / "tokenizer"), *data]) == 0
-
-    def arguments(model: str, layout: str) -> list[str]:
-        words = f"--train-iters {STEPS} --seq-length 64 --global-batch-size 8 --micro-batch-size 1 --lr 1e-3 {layout}"
-        where = [
-            "--model",
-            str(folder / model),
-            "--tokenizer",
-            str(folder / "tokenizer"),
-            "--save",
-            str(folder / "run"),
-        ]
-        return [*where, "--data-path", str(folder / "data"), "--timeout-s", "60", *words.split()]
-
+    trainer_runs.corpus(folder)
     by_size: dict[int, dict[str, list[str]]] = {1: {}, 2: {}, 4: {}}
     for model, layouts in MODELS.items():
-        made = soften(make(folder / model, model, dtype=torch.float32, vocab_size=511))  # 511: TP does not divide it
-        for stand_in in ("tokenizer.json", "chat_template.jinja"):
-            (made / stand_in).unlink()
+        trainer_runs.model(folder, model, model)
         for name, (size, layout) in {"alone": (1, ""), **layouts}.items():
-            by_size[size][f"{model} {name}"] = arguments(model, layout)
-    records = {name: log for size, cases in by_size.items() for name, log in launch(size, cases, folder, root).items()}
-    return {name: [(r["loss"], r["grad_norm"]) for r in log if r["event"] == "train"] for name, log in records.items()}
+            words = f"--train-iters {STEPS} --micro-batch-size 1 --seq-length 64 {layout}"
+            by_size[size][f"{model} {name}"] = trainer_runs.arguments(folder, model, "run", words)
+    records = {name: log for size, cases in by_size.items() for name, log in launch(size, cases, folder).items()}
+    return {name: trainer_runs.steps(log) for name, log in records.items()}
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("model", "layout"), CASES, ids=[f"{m}-{n}".replace(" ", "_") for m, n in CASES])
 def test_a_layout_equals_the_single_process(
-    runs: dict[str, list[tuple[float, float]]], model: str, layout: str
+    runs: dict[str, list[tuple[int, float, float, float]]], model: str, layout: str
 ) -> None:
     expected, found = runs[f"{model} alone"], runs[f"{model} {layout}"]
     assert len(expected) == len(found) == STEPS
-    loss = max(abs(a[0] - b[0]) for a, b in zip(expected, found, strict=True))
-    norm = max(abs(a[1] - b[1]) for a, b in zip(expected, found, strict=True))
-    print(
-        f"{model:10} {layout:40} loss {found[-1][0]:.7f} off by {loss:.1e}  norm {found[-1][1]:.6f} off by {norm:.1e}"
-    )
+    loss, norm = (max(abs(a[i] - b[i]) for a, b in zip(expected, found, strict=True)) for i in (1, 2))
+    last = f"loss {found[-1][1]:.7f} off by {loss:.1e}  norm {found[-1][2]:.6f} off by {norm:.1e}"
+    print(f"{model:10} {layout:45} {last}")
     assert loss <= 1e-5
     assert norm <= 1e-4
-    assert expected[-1][0] != expected[0][0]  # it trained
+    assert expected[-1][1] != expected[0][1]  # it trained
