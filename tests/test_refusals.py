@@ -1,5 +1,6 @@
 """What would lose a run, or publish a damaged one, is refused before anything is read or written."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -8,11 +9,14 @@ from model_folders import make
 
 from megapatch.models import core_files, device
 from megapatch.models.cli import UserError
+from megapatch.models.commit import naming_full_disks
 from megapatch.tools.convert.convert import main as convert
 
 device.start()
 
 from megapatch.trainer import checkpoint  # noqa: E402
+from megapatch.trainer.data_cache import naming_the_cause  # noqa: E402
+from megapatch.trainer.pretrain import main as pretrain  # noqa: E402
 
 
 def step_folder(root: Path, step: int, config: dict | None = None) -> Path:
@@ -43,6 +47,24 @@ def test_a_run_is_not_resumed_with_another_model(tmp_path: Path) -> None:
     for given in (tmp_path / "other", tmp_path / "other" / "config.json"):
         with pytest.raises(UserError, match=r"other/config\.json: differs from the config\.json of .*iter_0000003"):
             checkpoint.refuse_other_model(given, resumed)
+
+
+def test_a_full_disk_behind_megatron_cores_cache_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="disk full"), naming_full_disks(tmp_path / "cache"), naming_the_cause():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise Exception("Failed to write dataset materials to the data cache directory") from error  # as core does
+    with pytest.raises(ZeroDivisionError), naming_the_cause():
+        print(1 / 0)
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan"])
+def test_a_learning_rate_that_teaches_nothing_is_wrong_usage(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        pretrain(["--init-from", "x", "--save", "y", "--data-path", "z", "--train-iters", "1", "--lr", rate])
+    assert left.value.code == 2
+    assert "must be above 0" in capsys.readouterr().err
 
 
 def test_a_flipped_bit_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

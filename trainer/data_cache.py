@@ -50,7 +50,7 @@ def building(root: Path, name: str) -> Iterator[Path]:
         if not folder.is_dir():
             raise UserError(f"--data-cache-path {root}: not the same folder on all nodes; name one that they share")
     try:
-        with commit.naming_full_disks(folder):
+        with commit.naming_full_disks(final), naming_the_cause():
             yield folder
         dist.barrier()  # every rank has the files open: renaming does not disturb them
         if dist.get_rank() == 0 and folder != final:
@@ -58,6 +58,17 @@ def building(root: Path, name: str) -> Iterator[Path]:
     finally:
         if dist.get_rank() == 0 and folder != final:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def naming_the_cause() -> Iterator[None]:
+    """The operating system's error, where megatron-core raises a bare Exception instead of it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error
+        raise
 
 
 def _put(folder: Path, final: Path) -> None:

@@ -94,6 +94,7 @@ class TrainOptions(Parallel):
             ),
             f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters}: more than the {decay - self.lr_warmup_iters} steps after "
             "--lr-warmup-iters": (self.lr_wsd_decay_iters or 0) > decay - self.lr_warmup_iters,
+            f"--lr {self.lr}: must be above 0": not self.lr > 0,
             f"--min-lr {self.min_lr}: must be between 0 and --lr {self.lr}": not 0 <= self.min_lr <= self.lr,
             f"--seq-length {self.seq_length}: must be divisible by 2 x --cp": (
                 self.cp > 1 and self.seq_length % (2 * self.cp) != 0
