@@ -39,7 +39,7 @@ half=$((steps / 2))
 cat >"$out/train.args" <<END
 --model "$out/core" --data-path "$out/data" --split 95,5,0 --tp 2 --sequence-parallel --seq-length 256 --micro-batch-size 4
 --global-batch-size 16 --train-iters $steps --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters $((steps / 10))
---save-interval $((steps / 6)) --eval-interval $half --eval-iters 2 --log-interval $((steps / 6))
+--save-interval $((steps / 3)) --eval-interval $half --eval-iters 2 --log-interval $((steps / 6))
 END
 train=(torchrun --standalone --nproc-per-node 2 --no-python mp-pretrain "@$out/train.args")
 step "train at TP=2, uninterrupted" "${train[@]}" --save "$out/straight"
