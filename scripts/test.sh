@@ -16,4 +16,8 @@ if ! python -c 'import pytest, pytest_timeout, hypothesis' 2>/dev/null; then
     exit 1
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest -q -m "$marks" "$@"
+free="$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" # in KiB
+if [ -z "${TMPDIR:-}" ] && [ "${free:-0}" -gt 8000000 ]; then
+    export TMPDIR=/dev/shm # many tests make files durable: a busy disk would decide how long they take
+fi
+exec python -m pytest -q -m "$marks" -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 "$@"

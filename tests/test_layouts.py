@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, 
     return {name: trainer_runs.steps(log) for name, log in records.items()}
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("model", "layout"), CASES, ids=[f"{m}-{n}".replace(" ", "_") for m, n in CASES])
 def test_a_layout_equals_the_single_process(
     runs: dict[str, list[tuple[int, float, float, float]]], model: str, layout: str

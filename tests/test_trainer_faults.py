@@ -161,7 +161,7 @@ def test_a_signal_while_everything_loads_saves_after_one_step(folder: Path, tmp_
     script = [sys.executable, "-m", "megapatch.trainer.pretrain"]
     words = arguments(folder, "dense", str(tmp_path / "run"), "--train-iters 1000")
     run = subprocess.Popen([*script, *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    wait(lambda: catches(run.pid, signal.SIGUSR1))
+    wait(run, lambda: catches(run.pid, signal.SIGUSR1))
     run.send_signal(signal.SIGUSR1)
     said = run.communicate(timeout=120)[1]
     assert run.returncode == 0, said
@@ -176,9 +176,10 @@ def catches(process: int, number: int) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-def wait(condition: Any, limit_s: float = 120) -> None:
+def wait(run: subprocess.Popen, condition: Any, limit_s: float = 300) -> None:
     end = time.monotonic() + limit_s
     while not condition():
+        assert run.poll() is None, run.communicate()[1]
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)
 
@@ -190,12 +191,12 @@ def torchrun(words: list[str], *options: str) -> subprocess.Popen:
 
 def test_torchrun_restarts_a_killed_rank_and_passes_sigterm_on(folder: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    words = arguments(folder, "dense", str(save), "--train-iters 3000 --save-interval 3 --lr 0")
+    words = arguments(folder, "dense", str(save), "--train-iters 3000 --save-interval 3 --lr 1e-6")
     run = torchrun(words, "--max-restarts", "1", "--monitor-interval", "0.1")
-    wait(lambda: (save / "log.jsonl").exists() and len(events(log_of(save), "train")) >= 4)
+    wait(run, lambda: (save / "log.jsonl").exists() and len(events(log_of(save), "train")) >= 4)
     workers = psutil.Process(run.pid).children()
     workers[1].kill()
-    wait(lambda: len(events(log_of(save), "resume")) == 1 and log_of(save)[-1]["event"] == "train")
+    wait(run, lambda: len(events(log_of(save), "resume")) == 1 and log_of(save)[-1]["event"] == "train")
     run.send_signal(signal.SIGTERM)
     said = run.communicate(timeout=120)[1]
     records = log_of(save)

@@ -57,7 +57,7 @@ def launch(processes: int, cases: dict[str, Any], folder: Path) -> dict[str, lis
     given.write_text(json.dumps(cases))
     worker = [str(ROOT / "tests" / "train_worker.py"), str(given), str(results)]
     start = [sys.executable] if processes == 1 else [*TORCHRUN, "--nproc-per-node", str(processes)]
-    ran = subprocess.run([*start, *worker], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run([*start, *worker], env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr[-4000:]
     records = json.loads(results.read_text())
     results.unlink()
