@@ -29,7 +29,7 @@ class HfWeights:
 
     def __init__(self, folder: Path, hf: HfConfig) -> None:
         layout = Layout(hf)
-        self.groups = layout.groups
+        self.layout = layout
         self.placed = {_address(placed, layout.stacked): placed for placed in layout.placed}
         self.shapes = {name: shape for p in layout.placed for name, shape in zip(p.hf, layout.parts(p), strict=True)}
         found = hf_files.tensors(folder)
@@ -48,19 +48,20 @@ class HfWeights:
             raise UserError(
                 f"{address[0]}: the model has this weight, but the rules of its family have not; report this"
             )
-        shapes = [self.shapes[name] for name in self.placed[address].hf]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return self.layout.packed(self.placed[address])[0]
 
     def region(self, address: Address, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """The part of a core tensor that starts at ``start`` and has ``shape`` (leading axes left out)."""
         placed = self.placed[address]
-        blocks = placed.rule.blocks([self.shapes[name][0] for name in placed.hf], self.groups)
         pieces, at, stop = [], 0, start[0] + shape[0]
-        for part, first, rows in blocks:
+        for part, first, rows in self.layout.packed(placed)[1]:
             low, high = max(start[0], at), min(stop, at + rows)
             if low < high:
-                rows_of_part = self.files[placed.hf[part]].get_slice(placed.hf[part])
-                pieces.append(rows_of_part[first + low - at : first + high - at])
+                stored, place = (
+                    self.files[placed.hf[part]].get_slice(placed.hf[part]),
+                    slice(first + low - at, first + high - at),
+                )
+                pieces.append(stored[:, place].T if placed.rule.transposed else stored[place])
             at += rows
         region = torch.cat(pieces)
         for axis, (first, size) in enumerate(zip(start[1:], shape[1:], strict=True), start=1):

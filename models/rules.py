@@ -7,7 +7,7 @@ expert; ``hf`` are the names of its parts. A fused tensor is its parts cut into 
 Shape letters: v vocabulary, h hidden, g query groups, q query heads per group, d head size, f feed-forward size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,18 +23,26 @@ class Block(NamedTuple):
     rows: int
 
 
-Blocks = Callable[[Sequence[int], int], list[Block]]  # (rows of each part, query groups) -> order in the core tensor
+Sizes = Mapping[str, int]  # the shape letters' values (shapes.sizes)
+Blocks = Callable[[Sequence[int], Sizes], list[Block]]  # (rows of each part, sizes) -> order in the core tensor
 
 
-def in_sequence(rows: Sequence[int], groups: int) -> list[Block]:
+def in_sequence(rows: Sequence[int], sizes: Sizes) -> list[Block]:
     """The parts whole, one after the other: a single tensor, or gate [f, h], up [f, h] -> [2*f, h]."""
     return [Block(part, 0, n) for part, n in enumerate(rows)]
 
 
-def by_group(rows: Sequence[int], groups: int) -> list[Block]:
+def by_group(rows: Sequence[int], sizes: Sizes) -> list[Block]:
     """q [g*q*d, h], k [g*d, h], v [g*d, h] -> [g*(q+2)*d, h]: each query group's q, k and v together."""
-    sizes = [n // groups for n in rows]
-    return [Block(part, group * n, n) for group in range(groups) for part, n in enumerate(sizes)]
+    shares = [n // sizes["g"] for n in rows]
+    return [Block(part, group * n, n) for group in range(sizes["g"]) for part, n in enumerate(shares)]
+
+
+def fused_by_group(rows: Sequence[int], sizes: Sizes) -> list[Block]:
+    """One part that is q, k and v whole, one after the other -> each query group's q, k and v together."""
+    starts = (0, sizes["q"], sizes["q"] + sizes["k"])
+    apart = by_group((sizes["q"], sizes["k"], sizes["k"]), sizes)
+    return [Block(0, starts[block.part] + block.start, block.rows) for block in apart]
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Rule:
     hf: tuple[str, ...]
     blocks: Blocks = in_sequence
     layers: tuple[int, ...] | None = None  # the layers that have it; None: every layer
+    shapes: tuple[str, ...] = ()  # of each part, as in shapes.SHAPES; empty: what that table says of the core name
+    transposed: bool = False  # the parts are stored [in, out]; blocks are of rows after transposition
 
 
 @dataclass(frozen=True)
@@ -84,24 +94,13 @@ def on_layers(rules: Sequence[Rule], layers: Sequence[int]) -> tuple[Rule, ...]:
     return tuple(replace(rule, layers=tuple(layers)) for rule in rules)
 
 
-def pack(rule: Rule, parts: Sequence["Tensor"], groups: int) -> "Tensor":
+def pack(rule: Rule, parts: Sequence["Tensor"], sizes: Sizes) -> "Tensor":
     """The core tensor made of its Hugging Face parts (a copy)."""
     import torch
 
-    if len(parts) == 1:
-        return parts[0]
-    blocks = rule.blocks([part.shape[0] for part in parts], groups)
+    parts = [part.T for part in parts] if rule.transposed else parts
+    blocks = rule.blocks([part.shape[0] for part in parts], sizes)
     return torch.cat([parts[b.part].narrow(0, b.start, b.rows) for b in blocks])
-
-
-def unpack(rule: Rule, tensor: "Tensor", rows: Sequence[int], groups: int) -> list["Tensor"]:
-    """The Hugging Face parts, with ``rows`` rows each, of a core tensor (copies)."""
-    parts = [tensor.new_empty((n, *tensor.shape[1:])) for n in rows]
-    at = 0
-    for part, start, n in rule.blocks(rows, groups):
-        parts[part].narrow(0, start, n).copy_(tensor.narrow(0, at, n))
-        at += n
-    return parts
 
 
 CORE, HF = "decoder.layers.{l}.", "model.layers.{l}."

@@ -1,14 +1,14 @@
 """The shape of every weight, from config.json: what the files must hold, and how fused tensors divide into parts.
 
-Letters: v vocabulary, h hidden, q all query heads, k all key heads, d one head, f feed-forward, e experts,
-m feed-forward of an expert, s of the shared expert.
+Letters: v vocabulary, p positions, h hidden, g query groups, q all query heads, k all key heads, d one head,
+f feed-forward, e experts, m feed-forward of an expert, s of the shared experts. An axis may be a sum: "q+k+k".
 """
 
 from math import prod
 
 from megapatch.models.cli import UserError
 from megapatch.models.family import HfConfig, find, placed_rules, rope, stacked_layers
-from megapatch.models.rules import CORE, Placed, Rule
+from megapatch.models.rules import CORE, Block, Placed, Rule, Sizes
 
 SHAPES: dict[str, tuple[str, ...]] = {  # core name without its layer -> shape of each Hugging Face part
     "embedding.word_embeddings.weight": ("v h",),
@@ -43,7 +43,9 @@ def sizes(hf: HfConfig) -> dict[str, int]:
         "h": core["hidden_size"],
         "q": heads * head,
         "k": groups * head,
+        "g": groups,
         "d": head,
+        "p": hf.get("max_position_embeddings") or 0,
         "f": core["ffn_hidden_size"],
         "e": core.get("num_moe_experts") or 0,
         "m": core.get("moe_ffn_hidden_size") or 0,
@@ -51,9 +53,15 @@ def sizes(hf: HfConfig) -> dict[str, int]:
     }
 
 
-def part_shapes(rule: Rule, letters: dict[str, int]) -> list[tuple[int, ...]]:
-    """The shape of each Hugging Face part of a rule; ``letters`` from ``sizes``."""
-    return [tuple(letters[letter] for letter in shape.split()) for shape in SHAPES[rule.core.removeprefix(CORE)]]
+def part_shapes(rule: Rule, letters: Sizes) -> list[tuple[int, ...]]:
+    """The shape of each Hugging Face part of a rule, as in its files; ``letters`` from ``sizes``."""
+    shapes = rule.shapes or SHAPES[rule.core.removeprefix(CORE)]
+    return [tuple(_length(axis, letters) for axis in shape.split()) for shape in shapes]
+
+
+def _length(axis: str, letters: Sizes) -> int:
+    """An axis such as "h", "8" or "q+k+k"."""
+    return sum(int(term) if term.isdigit() else letters[term] for term in axis.split("+"))
 
 
 def num_parameters(hf: HfConfig) -> int:
@@ -71,13 +79,18 @@ class Layout:
         self.placed = placed_rules(hf)
         self.stacked = stacked_layers(hf)
         config = find(hf).transformer_config(hf)
-        self.groups: int = config["num_query_groups"]
         self._layers, self._experts = config["num_layers"], config.get("num_moe_experts")
-        self._letters = sizes(hf)
+        self.sizes = sizes(hf)
 
     def parts(self, placed: Placed) -> list[tuple[int, ...]]:
-        """The shape of each Hugging Face part."""
-        return part_shapes(placed.rule, self._letters)
+        """The shape of each Hugging Face part, as in its files."""
+        return part_shapes(placed.rule, self.sizes)
+
+    def packed(self, placed: Placed) -> tuple[tuple[int, ...], list[Block]]:
+        """The shape of the core tensor (leading axes left out), and the blocks of rows that fill it in order."""
+        parts = [shape[::-1] if placed.rule.transposed else shape for shape in self.parts(placed)]
+        rows = [shape[0] for shape in parts]
+        return (sum(rows), *parts[0][1:]), placed.rule.blocks(rows, self.sizes)
 
     def axes(self, placed: Placed, stacked: bool) -> list[tuple[int, int]]:
         """(index, size) of the core tensor's axes before those of the weight: layers where stacked, experts."""

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megapatch.models import family, hf_files, rules
+from megapatch.models import family, hf_files, rules, shapes
 
 FAMILIES = tuple(sorted(family.known()))
 
@@ -55,7 +55,7 @@ def core_tensors(folder: Path) -> dict[str, torch.Tensor]:
     config, stacked = family.find(hf).transformer_config(hf), family.stacked_layers(hf)
     found: dict[str, torch.Tensor] = {}
     for placed in family.placed_rules(hf):
-        packed = rules.pack(placed.rule, [parts[name] for name in placed.hf], config["num_query_groups"])
+        packed = rules.pack(placed.rule, [parts[name] for name in placed.hf], shapes.sizes(hf))
         axes = [(placed.layer, config["num_layers"])] if stacked and placed.layer is not None else []
         axes += [(placed.expert, config["num_moe_experts"])] if placed.expert is not None else []
         whole = found.setdefault(placed.key(stacked), packed.new_empty([*(n for _, n in axes), *packed.shape]))

@@ -29,27 +29,47 @@ class Literal(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Rows of ``items`` items each, one after another in ``source`` from byte ``offset``."""
+    """Rows of ``items`` items each in ``source``: the first at byte ``offset``, the next ``pitch`` bytes later, ..."""
 
     source: Path
     offset: int
     items: int
+    pitch: int = 0  # 0: one row right after the other
+
+
+class Scale(NamedTuple):
+    """Block scales of a quantised tensor: item (r, c) of the copy is multiplied by scale[r // rows, c // columns].
+
+    ``offset`` is that of the scale of the tensor's first block; (row, column) is the place of the copy's first item in
+    the tensor, ``width`` the number of scales in a row of blocks.
+    """
+
+    source: Path
+    offset: int
+    dtype: str
+    width: int
+    row: int
+    column: int
+    rows: int = 128
+    columns: int = 128
 
 
 class Copy(NamedTuple):
     """A range of a target file: ``rows`` rows, each made of one row of every part.
 
     Almost always one row of one part: a range of bytes. Items are of dtype ``read`` in the sources and ``write`` in
-    the target.
+    the target. A ``transposed`` copy has one part, of ``rows`` rows: its columns are written as rows.
     """
 
-    name: str  # of the Hugging Face tensor, or of a file copied whole
+    name: str  # of the tensor, or of a file copied whole
     file: str
     offset: int
     parts: tuple[Part, ...]
     rows: int = 1
     read: str = "uint8"
     write: str = "uint8"
+    transposed: bool = False
+    scale: Scale | None = None
 
     @property
     def items(self) -> int:
@@ -65,11 +85,14 @@ class Copy(NamedTuple):
         """As a JSON object."""
         said: dict[str, Any] = {"file": self.file, "offset": self.offset, "bytes": self.size, "tensor": self.name}
         origin: list[dict[str, Any]] = [{"file": str(part.source), "offset": part.offset} for part in self.parts]
-        if len(origin) > 1:
+        if len(origin) > 1 or self.parts[0].pitch:
             said["rows"] = self.rows
             for part, place in zip(self.parts, origin, strict=True):
                 place["row_bytes"] = part.items * ITEM_BYTES[self.read]
+                place |= {"pitch": part.pitch} if part.pitch else {}
         said["from"] = origin if len(origin) > 1 else origin[0]
+        said |= {"transposed": True} if self.transposed else {}
+        said |= {"scale": {"file": str(self.scale.source), "offset": self.scale.offset}} if self.scale else {}
         return said | ({"cast": [self.read, self.write]} if self.read != self.write else {})
 
 

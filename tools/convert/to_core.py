@@ -96,7 +96,7 @@ def _tensor(
     lead, at = tuple(size for _, size in axes), tuple(place for place, _ in axes)
     file, offset = writer.tensor(key, target, (*lead, *shape), (*at, *[0] * len(shape)), (*[1] * len(lead), *shape))
     width = rest[0] if rest else 1
-    for block in placed.rule.blocks(rows, layout.groups):
+    for block in placed.rule.blocks(rows, layout.sizes):
         part = parts[block.part]
         start = part.offset + block.start * width * ITEM_BYTES[part.dtype]
         origin = Part(part.file, start, block.rows * width)

@@ -84,7 +84,7 @@ def _weights(layout: Layout, checkpoint: Checkpoint, made: Plan) -> list[Weight]
         _check(placed, tensor, (*(size for _, size in axes), sum(s[0] for s in shapes), *shapes[0][1:]))
         pieces: list[list[Piece]] = [[] for _ in shapes]
         lead, at = tuple(place for place, _ in axes), 0
-        for block in placed.rule.blocks([s[0] for s in shapes], layout.groups):
+        for block in placed.rule.blocks([s[0] for s in shapes], layout.sizes):
             pieces[block.part].append(Piece(tensor, lead, at, block.start, block.rows))
             at += block.rows
         weights += [Weight(n, tensor.dtype, s, p) for n, s, p in zip(placed.hf, shapes, pieces, strict=True)]
