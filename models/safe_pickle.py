@@ -57,6 +57,17 @@ class StoredTensor(Record):
     """Stands in for a tensor: ``args`` are storage, storage offset, shape, strides, ..."""
 
 
+class Enumeration(Record):
+    """Stands in for a member of an enumeration, or for the class."""
+
+
+def _member(owner: Any, name: Any) -> Enumeration:
+    """What ``getattr`` may do: name a member of an enumeration (so Python 3.11.0 to 3.11.3 pickle one)."""
+    if not (isinstance(owner, type) and issubclass(owner, Enumeration)) or str(name).startswith("_"):
+        raise ValueError(f"an attribute {name!r} that no checkpoint needs")
+    return Enumeration(name)
+
+
 def _first(value: Any = None, *_: Any) -> Any:
     return value
 
@@ -96,7 +107,9 @@ ALLOWED: dict[tuple[str, str], Any] = {
     **_names("pathlib._local", "Path PosixPath PurePosixPath", Record),  # Python 3.13
     **_names("io", "BytesIO", Record),
     **_names("_io", "BytesIO", Record),
-    **_names("signal", "Signals", Record),
+    **_names("builtins", "getattr", _member),
+    **_names("__builtin__", "getattr", _member),
+    **_names("signal", "Signals", Enumeration),
     **_names("_codecs", "encode", Record),
     **_names("numpy", "ndarray dtype", Record),
     **_names("numpy.dtypes", "UInt32DType", Record),
@@ -115,15 +128,17 @@ ALLOWED: dict[tuple[str, str], Any] = {
     **_names(_DCP + "metadata", "TensorStorageMetadata", _record("properties size chunks")),
     **_names(_DCP + "metadata", "ChunkStorageMetadata", _record("offsets sizes")),
     **_names(_DCP + "metadata", "TensorProperties", _record("dtype")),
-    **_names(_DCP + "metadata", "BytesStorageMetadata StorageMeta _MEM_FORMAT_ENCODING", Record),
+    **_names(_DCP + "metadata", "BytesStorageMetadata StorageMeta", Record),
+    **_names(_DCP + "metadata", "_MEM_FORMAT_ENCODING", Enumeration),
     **_names(_DCP + "filesystem", "_StorageInfo", _record("relative_path offset length transform_descriptors")),
-    **_names(_DCP + "planner", "SavePlan WriteItem WriteItemType TensorWriteData", Record),
+    **_names(_DCP + "planner", "SavePlan WriteItem TensorWriteData", Record),
+    **_names(_DCP + "planner", "WriteItemType", Enumeration),
     # what megatron-core registers as safe (core/safe_globals.py)
     **_names(_CORE + "dist_checkpointing.strategies.torch", "MCoreMetadata MCoreSavePlan", Record),
-    **_names(_CORE + "enums", "ModelType", Record),
-    **_names(_CORE + "transformer.enums", "AttnBackend CudaGraphScope", Record),
+    **_names(_CORE + "enums", "ModelType", Enumeration),
+    **_names(_CORE + "transformer.enums", "AttnBackend CudaGraphScope", Enumeration),
     **_names(_CORE + "optimizer.optimizer_config", "OptimizerConfig", Record),
-    **_names(_CORE + "rerun_state_machine", "RerunDiagnostic RerunMode RerunState", Record),
+    **_names(_CORE + "rerun_state_machine", "RerunDiagnostic RerunMode RerunState", Enumeration),
 }
 
 

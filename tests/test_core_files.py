@@ -112,7 +112,9 @@ def test_no_pickle_of_a_checkpoint_runs_anything(spoil, tmp_path):
     [
         b"cos\nsystem\n(S'x'\ntR.",
         b"cbuiltins\neval\n.",
-        b"c__builtin__\ngetattr\n.",
+        b"c__builtin__\ngetattr\n(c__builtin__\nset\nS'union'\ntR.",
+        b"cbuiltins\ngetattr\n(csignal\nSignals\nS'__init__'\ntR.",
+        b"cbuiltins\ngetattr\n(csignal\nSignals\n(S'SIGTERM'\ntRS'name'\ntR.",
         b"ctorch\nSize.__class__\n.",
         b"\x80\x04\x8c\x05torch\x8c\x0cstorage.load\x93.",
         b"ctorch\nload\n.",
@@ -126,6 +128,12 @@ def test_no_pickle_of_a_checkpoint_runs_anything(spoil, tmp_path):
 def test_the_unpickler_refuses(data):
     with pytest.raises(UserError, match=r"^x: "):
         safe_pickle.load(data, "x")
+
+
+def test_an_enumeration_passes_as_python_3_11_2_pickles_it():
+    name = "torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING"
+    found = safe_pickle.load(f"cbuiltins\ngetattr\n(c{name}\nS'TORCH_CONTIGUOUS_FORMAT'\ntR.".encode(), "x")
+    assert found.args == ("TORCH_CONTIGUOUS_FORMAT",)
 
 
 def test_what_checkpoints_hold_passes(tmp_path):
