@@ -1,21 +1,19 @@
 """mp-convert: Hugging Face folder to megatron-core checkpoint and back, byte for byte."""
 
-import contextlib
 import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
 from megapatch.models import core_files
 from megapatch.models.cli import Common, UserError, opt, run
-from megapatch.models.commit import refuse_existing, staged_folder, verify
+from megapatch.models.commit import verify
 from megapatch.tools.convert import to_core, to_hf
-from megapatch.tools.convert.execute import execute
 from megapatch.tools.convert.plan import Plan
+from megapatch.tools.convert.write import write
 
 log = logging.getLogger(__name__)
 EXAMPLES = """examples:
@@ -78,11 +76,9 @@ def convert(options: Options) -> None:
     if options.dry_run:
         sys.stdout.writelines(json.dumps(line) + "\n" for line in plan.lines())
         return
-    refuse_existing(root, options.force)
-    with removing_empty(root):
-        _write(plan, target, options)
-    if not back:
-        core_files.write_tracker(root, core_files.RELEASE)
+    about = {"source": str(options.source), "dtype": options.dtype}
+    name_it = (lambda: None) if back else lambda: core_files.write_tracker(root, core_files.RELEASE)
+    write(plan, target, root=root, force=options.force, jobs=options.jobs, about=about, name_it=name_it)
     print(target)
 
 
@@ -95,36 +91,12 @@ def refuse_overlap(source: Path, target: Path, root: Path) -> None:
         raise UserError(f"--target {root}: lies inside the checkpoint {source}; choose a folder beside it")
 
 
-@contextlib.contextmanager
-def removing_empty(root: Path) -> Iterator[None]:
-    """When the block fails, remove the folder if it is empty."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            root.rmdir()
-        raise
-
-
 def _to_hf(options: Options) -> Plan:
     checkpoint = core_files.resolve(options.source)
     if not verify(checkpoint, digests=not (options.skip_digests or options.dry_run)):
         log.warning("%s: no manifest.json; its content cannot be verified", checkpoint)
     limit = options.max_shard_size
     return to_hf.plan(checkpoint, options.dtype, None if limit is None else shard_bytes(limit))
-
-
-def _write(plan: Plan, target: Path, options: Options) -> None:
-    from tqdm import tqdm
-
-    total = sum(entry.size for entry in plan.entries)
-    about = {"source": str(options.source), "dtype": options.dtype}
-    digests: dict[str, str] = {}
-    with (
-        staged_folder(target, tool="mp-convert", force=options.force, about=about, digests=digests) as stage,
-        tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar,
-    ):
-        digests |= execute(plan, stage, options.jobs, bar.update)
 
 
 def main(argv: list[str] | None = None) -> int:
