@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from megapatch.models import safe_pickle
 from megapatch.models.cli import UserError
 from megapatch.models.commit import staged_file
+from megapatch.models.core_metadata import check_metadata
+from megapatch.models.links import refuse_outside
 from megapatch.models.open_files import OpenFiles
 from megapatch.models.torch_save import ITEM_BYTES, Archive, open_archive
 
@@ -155,6 +157,7 @@ class Checkpoint:
         path = self.folder / file
         if Path(file).name != file or not path.is_file():
             raise UserError(f"{path}: missing, but {METADATA} names it for {what}; the checkpoint is incomplete")
+        refuse_outside(path, self.folder)
         size = path.stat().st_size
         if start < 0 or start + length > size:
             raise UserError(f"{path}: {size} bytes, but {what} ends at byte {start + length}; the file is cut short")
@@ -184,12 +187,9 @@ class Checkpoint:
                 continue
             seen.add((file, start))
             archive = self.archive(file, start, length, key)
-            archive.value()
-            if "_extra_state" in key:  # Transformer Engine keeps a pickle in a tensor of bytes
-                for name in (n for n in archive.records if n.startswith("data/")):
-                    data = archive.read(name)
-                    if data:
-                        safe_pickle.load(data, archive.where)
+            value = archive.value()
+            if "_extra_state" in key:  # Transformer Engine keeps a pickle in a tensor of bytes, or in a BytesIO
+                archive.check_nested(value)
 
 
 def load_metadata(folder: Path) -> Any:
@@ -199,8 +199,7 @@ def load_metadata(folder: Path) -> Any:
         found = safe_pickle.load(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the folder is not a complete torch_dist checkpoint") from None
-    if not isinstance(getattr(found, "state_dict_metadata", None), dict) or not hasattr(found, "storage_data"):
-        raise UserError(f"{path}: does not describe a checkpoint; the file is damaged")
+    check_metadata(found, path)
     return found
 
 

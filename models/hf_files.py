@@ -4,7 +4,6 @@ Imports no torch. Tensors are named by torch's dtypes; ``offset`` is a byte offs
 """
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from megapatch.models.cli import UserError
 from megapatch.models.commit import MANIFEST
+from megapatch.models.links import refuse_outside
 from megapatch.models.torch_save import ITEM_BYTES
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -37,6 +37,17 @@ SAFETENSORS_DTYPES = {
 }
 _HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".distcp"}
+_COUNTS = set(  # what config.json says of sizes, in all families
+    "vocab_size hidden_size n_embd intermediate_size ffn_hidden_size n_inner moe_intermediate_size head_dim "
+    "num_hidden_layers num_layers n_layer n_layers num_attention_heads n_head num_key_value_heads num_kv_heads "
+    "num_experts num_local_experts n_routed_experts n_shared_experts num_experts_per_tok "
+    "max_position_embeddings".split()
+)
+_LARGEST = 1 << 40
+_MOST = dict.fromkeys("num_hidden_layers num_layers n_layer n_layers".split(), 4096)
+_MOST |= dict.fromkeys("num_experts num_local_experts n_routed_experts".split(), 4096)
+_NOTES = "__metadata__"
+_TOO_MANY = 1 << 63
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -58,9 +69,14 @@ class Tensor:
 
 def config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     """config.json of a Hugging Face folder."""
+    refuse_outside(folder / name, folder)
     found = _json(folder / name)
     if not isinstance(found, dict):
         raise UserError(f"{folder / name}: a JSON {type(found).__name__}; expected an object")
+    for key in _COUNTS & found.keys():
+        count, most = found[key], _MOST.get(key, _LARGEST)
+        if count is not None and (type(count) is not int or not 0 <= count <= most):
+            raise UserError(f"{folder / name}: {key} is {str(count)[:40]!r}; expected a whole number up to {most}")
     return found
 
 
@@ -68,11 +84,14 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the folder's safetensors file or files; a folder that contradicts itself is a UserError."""
     weight_map = index(folder)
     if weight_map is None:
-        return {t.name: t for t in read_header(folder / _single(folder))}
+        path = folder / single(folder)
+        refuse_outside(path, folder)
+        return {t.name: t for t in read_header(path)}
     found: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: missing, but {INDEX} names it; get the model again")
+        refuse_outside(folder / file, folder)
         for tensor in read_header(folder / file):
             if weight_map.get(tensor.name) != file:
                 said = weight_map.get(tensor.name, "no file")
@@ -89,6 +108,7 @@ def index(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX
     if not path.is_file():
         return None
+    refuse_outside(path, folder)
     said = _json(path)
     weight_map = said.get("weight_map") if isinstance(said, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -99,7 +119,8 @@ def index(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _single(folder: Path) -> str:
+def single(folder: Path) -> str:
+    """The name of the safetensors file of a folder that has no index."""
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     if found in ([SINGLE], []) or len(found) > 1:
         if SINGLE in found:
@@ -122,10 +143,10 @@ def read_header(path: Path) -> list[Tensor]:
             raise UserError(f"{path}: {size} bytes, {said}; not a safetensors file, or cut short: get it again")
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
-        entries = {name: _entry(name, said) for name, said in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: the safetensors header is not readable ({error}); the file is damaged") from error
+        entries = {name: _entry(name, said) for name, said in _strict(text, path).items() if name != _NOTES}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = ascii(str(error))[1:-1][:200]
+        raise UserError(f"{path}: the safetensors header is not readable ({said}); the file is damaged") from error
     at, found = 8 + length, []
     for name, (dtype, shape, start, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         tensor = Tensor(name, dtype, shape, path, 8 + length + start)
@@ -142,21 +163,48 @@ def read_header(path: Path) -> list[Tensor]:
     return found
 
 
+def _strict(text: bytes, path: Path) -> dict[str, Any]:
+    """A header read as the library reads it: UTF-8, no NaN, no -0, no name twice (Python's json takes all of them)."""
+
+    def refuse(number: str) -> int:
+        raise ValueError(f"a number {number[:20]}")
+
+    header = json.loads(
+        text.decode("utf-8"),
+        object_pairs_hook=lambda pairs: _unique(pairs, path),
+        parse_constant=refuse,
+        parse_float=refuse,
+        parse_int=lambda digits: refuse(digits) if digits.startswith("-") or len(digits) > 20 else int(digits),
+    )
+    if not text.startswith(b"{") or not isinstance(header, dict):
+        raise ValueError("no JSON object")
+    notes = header.get(_NOTES, {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise ValueError(f"{_NOTES} is not of text")
+    "".join([*header, *notes, *notes.values()]).encode()  # a lone surrogate is no text
+    return header
+
+
 def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         names = [name for name, _ in pairs]
-        raise UserError(f"{path}: {next(n for n in names if names.count(n) > 1)} is in the header twice; file damaged")
+        twice = ascii(next(n for n in names if names.count(n) > 1))[1:-1]
+        raise UserError(f"{path}: {twice} is in the header twice; the file is damaged")
     return made
 
 
 def _entry(name: str, said: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    dtype, shape, (start, end) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
+    dtype, shape, (start, end) = said["dtype"], said["shape"], said["data_offsets"]
+    if len(said) != 3 or type(shape) is not list or type(said["data_offsets"]) is not list:
+        raise ValueError(f"{name}: expected dtype, shape and data_offsets, not {', '.join(said)}")
     if dtype not in SAFETENSORS_DTYPES:
         raise ValueError(f"{name}: unknown dtype {dtype!r}")
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+    if not all(type(n) is int and 0 <= n for n in (*shape, start, end)):
         raise ValueError(f"{name}: shape {shape}, offsets {start}, {end}")
-    return SAFETENSORS_DTYPES[dtype], shape, start, end
+    if prod(n for n in shape if n) * 8 >= _TOO_MANY or max(start, end) >= _TOO_MANY:
+        raise ValueError(f"{name}: shape {shape} is of more bytes than there can be")
+    return SAFETENSORS_DTYPES[dtype], tuple(shape), start, end
 
 
 def header(described: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[int], int]:
@@ -214,15 +262,11 @@ def side_files(folder: Path) -> dict[str, Path]:
 
 
 def _side_files(folder: Path) -> Iterator[Path]:
-    within = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":  # the hub's cache links to its blobs
-        within.append(folder.resolve().parent.parent / "blobs")
     for path in sorted([*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*.jinja")]):
         named = path.name == MANIFEST or path.name.startswith(".") or path.name.endswith(".index.json")
         if named or path.suffix in _WEIGHTS or not path.is_file():
             continue
-        if not any(path.resolve().is_relative_to(root) for root in within):
-            raise UserError(f"{path}: a link to {os.readlink(path)}, outside the folder; put the file itself there")
+        refuse_outside(path, folder)
         yield path
 
 
@@ -239,5 +283,5 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: missing; expected a Hugging Face model folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error

@@ -4,6 +4,7 @@ Read: where a tensor's bytes lie. Write: everything around them, so that they ca
 checks no CRC of a storage. Imports no torch.
 """
 
+import io
 import struct
 import zipfile
 import zlib
@@ -26,6 +27,8 @@ ITEM_BYTES = {
 _STORAGE_OF = {dtype: Global("torch", storage) for storage, dtype in safe_pickle.STORAGES.items()}
 _ALIGN_BYTES = 64
 _BIG = 0xFFFFFFFF
+_MOST_AXES = 64
+Shape = tuple[int, ...]
 
 
 class Slice:
@@ -70,6 +73,8 @@ class Archive:
         except (zipfile.BadZipFile, RuntimeError, OSError, ValueError, struct.error) as error:
             raise UserError(f"{where}: not a torch.save file ({error}); the file is damaged") from error
         self.records = {record.filename.partition("/")[2]: record for record in self.zip.infolist()}
+        if len(self.records) < len(self.zip.infolist()):
+            raise UserError(f"{where}: two records of one name; the file is damaged")
 
     def read(self, name: str) -> bytes:
         """A record's content."""
@@ -77,35 +82,46 @@ class Archive:
         self.file.seek(self.start + start)
         return self.file.read(count)
 
-    def value(self) -> Any:
-        """The saved value, with stand-ins for tensors; names outside the allow-list are a UserError."""
+    def value(self, foreign: set[str] | None = None) -> Any:
+        """The saved value, with stand-ins for tensors; names outside the allow-list are a UserError.
+
+        ``foreign``: as safe_pickle.load says.
+        """
         if "byteorder" in self.records and self.read("byteorder") != b"little":
             raise UserError(f"{self.where}: saved in big-endian byte order; convert it on a machine of that kind")
-        return safe_pickle.load(self.read("data.pkl"), self.where, lambda saved: safe_pickle.Storage(*saved))
+        return safe_pickle.load(self.read("data.pkl"), self.where, _storage, foreign)
 
     def tensor(self) -> Region:
         """Where the only tensor of this file lies."""
         value = self.value()
         if not isinstance(value, safe_pickle.StoredTensor):
             raise UserError(f"{self.where}: holds no tensor; the file is damaged")
-        try:
-            storage, first, shape, strides = value.args[:4]
-            _, dtype, key, _, _ = storage.args
-            shape = tuple(shape)
-            if not all(type(n) is int and n >= 0 for n in (first, *shape)):
-                raise ValueError(f"shape {shape} from {first}")
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.where}: no tensor as torch saves it ({error}); the file is damaged") from error
-        if dtype not in ITEM_BYTES or (tuple(strides) != contiguous(shape) and prod(shape) > 1):
+        return self.region(value)
+
+    def region(self, tensor: safe_pickle.StoredTensor, name: str = "") -> Region:
+        """Where a tensor of the saved value lies; ``name`` is for errors. It must be contiguous (UserError)."""
+        where = f"{self.where}: {name}" if name else self.where
+        dtype, shape, strides, first, key = _described(tensor, where)
+        if strides != contiguous(shape) and prod(shape) > 1:
             raise UserError(
-                f"{self.where}: a tensor of dtype {dtype}, shape {shape}, strides {tuple(strides)}; "
+                f"{where}: a tensor of dtype {dtype}, shape {shape}, strides {strides}; "
                 "only contiguous tensors of plain dtypes can be converted: save it with .contiguous()"
             )
         start, count = self._place(f"data/{key}")
         item = ITEM_BYTES[dtype]
         if (first + prod(shape)) * item > count:
-            raise UserError(f"{self.where}: {count} bytes stored for shape {shape}; the file is damaged")
+            raise UserError(f"{where}: {count} bytes stored for shape {shape}; the file is damaged")
         return Region(dtype, shape, self.start + start + first * item)
+
+    def check_nested(self, value: Any) -> None:
+        """Refuse foreign pickles in the bytes that ``value`` holds: Transformer Engine reads its own from there."""
+        for held in _walk(value):
+            if isinstance(held, safe_pickle.BytesFile):
+                check_bytes(held.content(), self.where)
+            elif isinstance(held, safe_pickle.StoredTensor) and _described(held, self.where)[0] == "uint8":
+                region = self.region(held)
+                self.file.seek(region.offset)
+                check_bytes(self.file.read(prod(region.shape)), self.where)
 
     def _place(self, name: str) -> tuple[int, int]:
         """Offset in this zip and size of a record's content."""
@@ -120,6 +136,57 @@ class Archive:
         if record.compress_type != zipfile.ZIP_STORED or not inside:
             raise UserError(f"{self.where}: record {name} is compressed or cut short; the file is damaged")
         return start, record.file_size
+
+
+def _storage(saved: Any) -> safe_pickle.Storage:
+    """A reference to a storage; torch writes (storage, kind, record, device, count)."""
+    if type(saved) is not tuple or len(saved) != 5 or saved[0] != "storage" or type(saved[2]) is not str:
+        raise ValueError("a reference that is no storage")
+    return safe_pickle.Storage(*saved)
+
+
+def _described(tensor: safe_pickle.StoredTensor, where: str) -> tuple[str, Shape, Shape, int, str]:
+    """dtype, shape, strides, first item and record of a tensor; one that torch does not write is a UserError."""
+    try:
+        storage, first, shape, strides = tensor.args[:4]
+        _, dtype, key, _, _ = storage.args
+        dtype = tensor.args[6] if len(tensor.args) > 6 else dtype  # of _rebuild_tensor_v3: its storage has none
+        shape, strides = tuple(shape), tuple(strides)
+        if len(shape) > _MOST_AXES or not all(type(n) is int and 0 <= n < 1 << 62 for n in (first, *shape, *strides)):
+            raise ValueError(f"first item, shape or strides that cannot be, {len(shape)} axes")
+        if type(dtype) is not str or dtype not in ITEM_BYTES:
+            raise ValueError("unknown dtype")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: no tensor as torch saves it ({error}); the file is damaged") from error
+    return dtype, shape, strides, first, key
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    """Every value inside ``value``, once."""
+    left, seen = [value], set()
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        yield item
+        if isinstance(item, dict):
+            left += item.values()
+        elif isinstance(item, list | tuple | set):
+            left += item
+        elif isinstance(item, safe_pickle.Record) and not isinstance(item, safe_pickle.StoredTensor):
+            left += vars(item).values()
+
+
+def check_bytes(data: bytes, where: str) -> None:
+    """Refuse (UserError) bytes that hold a pickle, bare or in a torch.save file, which names what it must not."""
+    if not data:
+        return
+    if data.startswith(b"PK"):
+        archive = Archive(io.BytesIO(data), 0, len(data), where)
+        archive.value()
+    else:
+        safe_pickle.load(data, where)
 
 
 def open_archive(path: Path) -> Archive:

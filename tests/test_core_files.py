@@ -132,7 +132,8 @@ def test_the_unpickler_refuses(data):
 
 def test_an_enumeration_passes_as_python_3_11_2_pickles_it():
     name = "torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING"
-    found = safe_pickle.load(f"cbuiltins\ngetattr\n(c{name}\nS'TORCH_CONTIGUOUS_FORMAT'\ntR.".encode(), "x")
+    member = b"\x8c\x17TORCH_CONTIGUOUS_FORMAT"
+    found = safe_pickle.load(f"cbuiltins\ngetattr\n(c{name}\n".encode() + member + b"tR.", "x")
     assert found.args == ("TORCH_CONTIGUOUS_FORMAT",)
 
 
@@ -201,9 +202,17 @@ def test_files_outside_the_folder_are_not_read(tmp_path):
     metadata = dcp.FileSystemReader(folder).read_metadata()
     next(iter(metadata.storage_data.values())).relative_path = "../outside.distcp"
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"a is said to be in \.\./outside\.distcp; expected a file of this folder"):
+        core_files.Checkpoint(folder)
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path):
+    folder = write(tmp_path / "c", {"a": torch.ones(3)})
+    (folder / "__0_0.distcp").rename(tmp_path / "outside.distcp")
+    (folder / "__0_0.distcp").symlink_to("../outside.distcp")
     with (
         core_files.Checkpoint(folder) as checkpoint,
-        pytest.raises(UserError, match=r"missing, but .metadata names it"),
+        pytest.raises(UserError, match=r"a link to \.\./outside\.distcp, outside the folder"),
     ):
         tensor = checkpoint.tensors["a"]
         checkpoint.locate(tensor, tensor.chunks[0])
