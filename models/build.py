@@ -1,23 +1,39 @@
 """Family + Device + Parallel -> megatron-core GPTModel."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megapatch.models.cli import UserError
 from megapatch.models.device import Device
-from megapatch.models.family import HfConfig, find, inverse_frequencies, tied_embeddings
-from megapatch.models.layers.spec import block_spec
+from megapatch.models.family import (
+    HfConfig,
+    find,
+    inverse_frequencies,
+    max_positions,
+    positions,
+    tied_embeddings,
+    vocab_size,
+)
+from megapatch.models.layers import spec
 from megapatch.models.parallel import Parallel
 
 Precision = Literal["fp32", "bf16"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -36,13 +52,14 @@ def transformer_config(hf: HfConfig, options: ModelOptions) -> TransformerConfig
     """megatron-core's configuration of a config.json on a device at a layout (UserError when they do not fit)."""
     fields = find(hf).transformer_config(hf)
     options.parallel.check_model(fields)
-    fields["activation_func"] = getattr(F, fields["activation_func"])
+    fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     dtype = DTYPES[options.precision]
     moe = {"moe_token_dispatcher_type": "alltoall"} if fields.get("num_moe_experts") else {}
     types = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": options.precision == "bf16"}
     layout, machine = options.parallel.config(), options.device.config()
+    kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
     try:
-        return TransformerConfig(**fields, **layout, **moe, **machine | types | options.overrides)
+        return kind(**fields, **layout, **moe, **machine | types | options.overrides)
     except ValueError as error:
         raise UserError(f"megatron-core refuses this config.json at this layout: {error}") from error
 
@@ -62,24 +79,26 @@ def build(hf: HfConfig, options: ModelOptions) -> list[torch.nn.Module]:
 
 
 def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage: int | None) -> GPTModel:
-    max_length = hf.get("max_position_embeddings")
-    length = options.seq_length or max_length
-    if max_length and length > max_length:
-        raise UserError(f"--seq-length {length} is longer than max_position_embeddings of config.json, {max_length}")
-    vocab = hf["vocab_size"]
+    longest, length = max_positions(hf), options.seq_length
+    if longest and length and length > longest:
+        raise UserError(f"--seq-length {length} is longer than max_position_embeddings of config.json, {longest}")
+    vocab, kind, modules = vocab_size(hf), positions(hf), spec.resolve(find(hf).modules(hf))
     model = GPTModel(
         config,
-        block_spec(config, options.device.transformer_engine, stage),
+        spec.block_spec(config, modules, options.device.transformer_engine, stage),
         vocab_size=padded_vocabulary(vocab, options.parallel.tp),
-        max_sequence_length=length,
+        max_sequence_length=longest or 0,  # rows of learned positions; nothing else reads it
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         share_embeddings_and_output_weights=tied_embeddings(hf),
-        position_embedding_type="rope",
+        position_embedding_type=kind,
         vp_stage=stage,
     )
-    frequencies = torch.tensor(inverse_frequencies(hf), dtype=torch.float64)
-    model.rotary_pos_emb.inv_freq = frequencies.to(torch.float32).to(options.device.torch)
+    if kind == "rope" and not config.multi_latent_attention:
+        frequencies = torch.tensor(inverse_frequencies(hf), dtype=torch.float64)
+        model.rotary_pos_emb.inv_freq = frequencies.to(torch.float32).to(options.device.torch)
+    for adapt in modules.adapt:
+        adapt(model, hf)
     if model.post_process:
         hide_padding(model, vocab)
     return model

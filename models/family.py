@@ -28,7 +28,7 @@ READS: dict[str, Source] = {  # true of every decoder family: TransformerConfig 
 FIXED: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
-    "activation_func": "silu",  # a name in torch.nn.functional
+    "activation_func": "silu",  # a name in build.ACTIVATIONS
     "add_bias_linear": False,
     "hidden_dropout": 0.0,
 }
@@ -59,19 +59,48 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig field <- constant
     only: Mapping[str, Any] = field(default_factory=dict)  # config.json settings with one supported value
     tiny: Mapping[str, Any] = field(default_factory=dict)  # config.json of the smallest useful model, for tests
+    vocab_size: Source = "vocab_size"
+    max_positions: Source = "max_position_embeddings"  # may give None: no limit
+    tied: bool = False  # whether the output layer is the embedding when config.json does not say
+    positions: Source = lambda hf: "rope"  # rope, learned_absolute or none
+    rotary_dim: Source = lambda hf: _read(hf, _head_size(hf))  # of each head; the other dimensions are not rotated
+    windows: bool = False  # whether sliding-window attention is supported
+    modules: Callable[[HfConfig], Mapping[str, str]] = lambda hf: {}  # slot of layers.spec.Modules <- "module:name"
+    letters: Callable[[HfConfig], Mapping[str, int]] = lambda hf: {}  # further shape letters of the rules
+    prefix: str = ""  # of the names of weights, which files of the bare model lack
+    buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # names in files that follow from config.json; wildcards
 
     def transformer_config(self, hf: HfConfig) -> dict[str, Any]:
         """Keyword arguments for megatron-core's TransformerConfig; an unsupported setting is a UserError."""
         for key, value in self.only.items():
-            if hf.get(key, value) != value:
-                raise UserError(f"config.json: {key} is {hf[key]!r}; {self.model_type} supports {value!r} only")
-        refuse_windows(hf)
+            supported = value if isinstance(value, tuple) else (value,)
+            if hf.get(key, supported[0]) not in supported:
+                said = " or ".join(map(repr, supported))
+                raise UserError(f"config.json: {key} is {hf[key]!r}; {self.model_type} supports {said} only")
+        if not self.windows:
+            refuse_windows(hf)
         return {**FIXED, **self.fixed, **{k: _read(hf, s) for k, s in {**READS, **self.reads}.items()}}
 
     def model_rules(self, hf: HfConfig) -> tuple[Rule, ...]:
         """The weight rules that hold for this config.json: a tied output layer has no weight of its own."""
         tied = tied_embeddings(hf)
         return tuple(r for r in self.rules(hf) if not (tied and r.core == "output_layer.weight"))
+
+
+def vocab_size(hf: HfConfig) -> int:
+    """Rows of the embedding."""
+    return _read(hf, find(hf).vocab_size)
+
+
+def positions(hf: HfConfig) -> str:
+    """How the model knows positions: rope, learned_absolute or none (no embedding: ALiBi)."""
+    return _read(hf, find(hf).positions)
+
+
+def max_positions(hf: HfConfig) -> int | None:
+    """The longest sequence the model was made for; None: no limit."""
+    source = find(hf).max_positions
+    return source(hf) if callable(source) else next((hf[key] for key in source.split("|") if hf.get(key)), None)
 
 
 def placed_rules(hf: HfConfig) -> list[Placed]:
@@ -84,6 +113,10 @@ def placed_rules(hf: HfConfig) -> list[Placed]:
 def stacked_layers(hf: HfConfig) -> bool:
     """True when core stores all layers of a weight as one tensor: all layers are of one kind."""
     return find(hf).transformer_config(hf).get("moe_layer_freq", 1) == 1
+
+
+def _head_size(hf: HfConfig) -> Source:
+    return find(hf).reads.get("kv_channels", READS["kv_channels"])
 
 
 def _read(hf: HfConfig, source: Source) -> Any:
@@ -102,7 +135,7 @@ def _read(hf: HfConfig, source: Source) -> Any:
 
 def tied_embeddings(hf: HfConfig) -> bool:
     """True when the output layer is the embedding."""
-    return bool(hf.get("tie_word_embeddings", False))
+    return bool(hf.get("tie_word_embeddings", find(hf).tied))
 
 
 def refuse_windows(hf: HfConfig) -> None:
@@ -124,9 +157,15 @@ def rope(hf: HfConfig) -> dict[str, Any]:
     return parameters
 
 
+def refuse_rope(hf: HfConfig) -> None:
+    """Refuse kinds of RoPE that no layer here computes (UserError)."""
+    if positions(hf) == "rope":
+        rope(hf)
+
+
 def inverse_frequencies(hf: HfConfig) -> list[float]:
     """Rotary inverse frequencies [d/2]; llama3 scaling as in transformers' modeling_rope_utils."""
-    p, dim = rope(hf), _read(hf, READS["kv_channels"])
+    p, dim = rope(hf), _read(hf, find(hf).rotary_dim)
     plain = [p["rope_theta"] ** (-i / dim) for i in range(0, dim, 2)]
     if p["rope_type"] == "default":
         return plain

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from megapatch.models import core_files, hf_files
 from megapatch.models.cli import UserError
-from megapatch.models.family import HfConfig, tied_embeddings
+from megapatch.models.family import HfConfig, find, tied_embeddings
 from megapatch.models.rules import Placed
 from megapatch.models.shapes import Layout
 
@@ -76,7 +76,9 @@ def _address(placed: Placed, stacked: bool) -> Address:
 
 def _tied_copies(hf: HfConfig) -> set[str]:
     """Weights that a folder may hold although they are the same as another one."""
-    return {"lm_head.weight"} if tied_embeddings(hf) else set()
+    if not tied_embeddings(hf):
+        return set()
+    return {rule.hf[0] for rule in find(hf).rules(hf) if rule.core == "output_layer.weight"}
 
 
 def _refuse(folder: Path, what: str, names: set[str]) -> None:

@@ -94,6 +94,20 @@ def on_layers(rules: Sequence[Rule], layers: Sequence[int]) -> tuple[Rule, ...]:
     return tuple(replace(rule, layers=tuple(layers)) for rule in rules)
 
 
+def with_bias(*rules: Rule) -> tuple[Rule, ...]:
+    """Each rule twice, for the weight and for the bias: ``{k}`` in its names is the kind."""
+    return tuple(_of_kind(rule, kind) for rule in rules for kind in ("weight", "bias"))
+
+
+def _of_kind(rule: Rule, kind: str) -> Rule:
+    shapes, axis = rule.shapes, -1 if rule.transposed else 0
+    if kind == "bias":
+        shapes = tuple(shape.split()[axis] for shape in shapes)
+    names = tuple(name.replace("{k}", kind) for name in rule.hf)
+    transposed = rule.transposed and kind == "weight"
+    return replace(rule, core=rule.core.replace("{k}", kind), hf=names, shapes=shapes, transposed=transposed)
+
+
 def pack(rule: Rule, parts: Sequence["Tensor"], sizes: Sizes) -> "Tensor":
     """The core tensor made of its Hugging Face parts (a copy)."""
     import torch

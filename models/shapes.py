@@ -7,7 +7,7 @@ f feed-forward, e experts, m feed-forward of an expert, s of the shared experts.
 from math import prod
 
 from megapatch.models.cli import UserError
-from megapatch.models.family import HfConfig, find, placed_rules, rope, stacked_layers
+from megapatch.models.family import HfConfig, find, max_positions, placed_rules, refuse_rope, stacked_layers, vocab_size
 from megapatch.models.rules import CORE, Block, Placed, Rule, Sizes
 
 SHAPES: dict[str, tuple[str, ...]] = {  # core name without its layer -> shape of each Hugging Face part
@@ -16,7 +16,6 @@ SHAPES: dict[str, tuple[str, ...]] = {  # core name without its layer -> shape o
     "decoder.final_layernorm.weight": ("h",),
     "self_attention.linear_qkv.layer_norm_weight": ("h",),
     "self_attention.linear_qkv.weight": ("q h", "k h", "k h"),
-    "self_attention.linear_qkv.bias": ("q", "k", "k"),
     "self_attention.linear_proj.weight": ("h q",),
     "self_attention.q_layernorm.weight": ("d",),
     "self_attention.k_layernorm.weight": ("d",),
@@ -36,27 +35,33 @@ def sizes(hf: HfConfig) -> dict[str, int]:
     head, heads, groups = core["kv_channels"], core["num_attention_heads"], core["num_query_groups"]
     if heads % groups:
         raise UserError(f"config.json: {heads} attention heads do not divide into {groups} groups (key-value heads)")
-    if "vocab_size" not in hf:
-        raise UserError("config.json: no vocab_size; is it the config.json of a model?")
     return {
-        "v": hf["vocab_size"],
+        "v": vocab_size(hf),
         "h": core["hidden_size"],
         "q": heads * head,
         "k": groups * head,
         "g": groups,
         "d": head,
-        "p": hf.get("max_position_embeddings") or 0,
+        "p": max_positions(hf) or 0,
         "f": core["ffn_hidden_size"],
         "e": core.get("num_moe_experts") or 0,
         "m": core.get("moe_ffn_hidden_size") or 0,
         "s": core.get("moe_shared_expert_intermediate_size") or 0,
+        **find(hf).letters(hf),
     }
 
 
 def part_shapes(rule: Rule, letters: Sizes) -> list[tuple[int, ...]]:
     """The shape of each Hugging Face part of a rule, as in its files; ``letters`` from ``sizes``."""
-    shapes = rule.shapes or SHAPES[rule.core.removeprefix(CORE)]
+    shapes = rule.shapes or _shapes(rule.core.removeprefix(CORE))
     return [tuple(_length(axis, letters) for axis in shape.split()) for shape in shapes]
+
+
+def _shapes(name: str) -> tuple[str, ...]:
+    """By the table; a bias that is not in it has the rows of its weight."""
+    if name in SHAPES or not name.endswith("bias"):
+        return SHAPES[name]
+    return tuple(shape.split()[0] for shape in SHAPES[name.removesuffix("bias") + "weight"])
 
 
 def _length(axis: str, letters: Sizes) -> int:
@@ -74,7 +79,7 @@ class Layout:
     """What a config.json says of the weights, worked out once."""
 
     def __init__(self, hf: HfConfig) -> None:
-        rope(hf)  # refuses kinds of RoPE that no layer here computes
+        refuse_rope(hf)
         self.model_type = find(hf).model_type
         self.placed = placed_rules(hf)
         self.stacked = stacked_layers(hf)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megapatch.models import device, parallel
+from megapatch.models import device, family, parallel
 
 
 def requests(prompts: list[list[int]]) -> list:
@@ -39,7 +39,7 @@ def run_case(folder: Path, layout: dict, prompts: list[list[int]]) -> dict:
         hf = json.loads((folder / "config.json").read_text())
         chunks = build(hf, ModelOptions(options, found))
         load_hf(chunks, folder, hf)
-        size = hf["vocab_size"]
+        size = family.vocab_size(hf)
         engine = Engine(chunks[0], vocab_size=size, max_length=64, batch_size=3, group=dist.group.WORLD)
         done = engine.generate(requests(prompts))
         return {"token_ids": [c.token_ids for c in done], "logprobs": [c.logprobs for c in done]}

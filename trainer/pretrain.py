@@ -91,7 +91,7 @@ def make_plan(options: PretrainOptions) -> Plan:
     source = checkpoint.find_source(begin, None if resumed else options.tokenizer)
     hf, tokenizer = source.hf, Tokenizer(source.tokenizer)
     options.check_model(family.find(hf).transformer_config(hf))
-    data.check_data(options, tokenizer, hf["vocab_size"])
+    data.check_data(options, tokenizer, family.vocab_size(hf))
     size = options.data_parallel_size(parallel.world_size())
     count = data.num_micro_batches(options, size)
     return Plan(source, hf, tokenizer, resumed, isinstance(step, int) and step >= options.train_iters, size, count)
@@ -113,12 +113,13 @@ def prepare(options: PretrainOptions, device: "Device", plan: Plan) -> "tuple[Tr
 def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
     from functools import partial
 
+    from megapatch.models import family
     from megapatch.models.layers.spec import mixture_layers
     from megapatch.trainer import data
     from megapatch.trainer.loop import Trainer
     from megapatch.trainer.metrics import flops_per_token
 
-    options, vocab_size = session.options, session.hf["vocab_size"]
+    options, vocab_size = session.options, family.vocab_size(session.hf)
     assert isinstance(options, PretrainOptions)
     train, valid = data.build_datasets(options, plan.tokenizer)
     batches = partial(data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)

@@ -43,3 +43,22 @@ class RMSNorm(torch.nn.Module):
         if x.device.type == "cpu":
             return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class BareLayerNorm(torch.nn.LayerNorm):
+    """Layer norm without weight and bias."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, elementwise_affine=False)
+
+
+NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}

@@ -2,12 +2,13 @@
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from megapatch.models import parallel
+from megapatch.models import family, parallel
 from megapatch.models.cli import UserError, opt, run
 from megapatch.models.parallel import Parallel
 
@@ -99,9 +100,9 @@ def generate(options: Options) -> None:
 
     core = core_files.resolve(options.model) if core_files.is_core(options.model) else None
     hf = core_files.hf_config(core) if core else hf_files.config(options.model)
-    for key in ("vocab_size", "max_position_embeddings"):
-        if not isinstance(hf.get(key), int):
-            raise UserError(f"{options.model}: config.json: {key} is {hf.get(key)!r}; expected an integer")
+    for name, value in (("vocab_size", family.vocab_size(hf)), ("max_positions", family.max_positions(hf) or 0)):
+        if not isinstance(value, int):
+            raise UserError(f"{options.model}: config.json: {name} is {value!r}; expected an integer")
     tokenizer = Tokenizer(options.tokenizer or core or options.model, trust_remote_code=options.trust_remote_code)
     _check(options, tokenizer, hf, core is not None)
     prompts = None
@@ -127,7 +128,7 @@ def _check(options: Options, tokenizer: Any, hf: Any, is_core: bool) -> None:
             f"--engine transformers: {options.model} is a core checkpoint; make a Hugging Face folder of it "
             "with mp-convert, or leave out --engine"
         )
-    vocab_size = hf["vocab_size"]
+    vocab_size = family.vocab_size(hf)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{tokenizer.folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocab_size is "
@@ -140,13 +141,18 @@ def _check(options: Options, tokenizer: Any, hf: Any, is_core: bool) -> None:
         raise UserError(f"{world} processes, but this layout is for {needed}: start as many, or change --tp and --ep")
 
 
+def _longest(hf: Any) -> int:
+    """Tokens of the longest sequence."""
+    return family.max_positions(hf) or sys.maxsize
+
+
 def _read(options: Options, tokenizer: Any, hf: Any) -> list[Any]:
     from megapatch.tools.generate.prompts import Reader
 
     reader = Reader(
         tokenizer=tokenizer,
-        vocab_size=hf["vocab_size"],
-        max_length=hf["max_position_embeddings"],
+        vocab_size=family.vocab_size(hf),
+        max_length=_longest(hf),
         sampling=options.sampling(tokenizer.stop_ids),
         add_bos=options.add_bos,
     )
@@ -185,8 +191,8 @@ def _run(options: Options, hf: Any, tokenizer: Any, prompts: list[Any], device: 
         results = Results(prompts, file, options.logprobs)
         engine = Engine(
             chunks[0],
-            vocab_size=hf["vocab_size"],
-            max_length=min(longest, hf["max_position_embeddings"]),
+            vocab_size=family.vocab_size(hf),
+            max_length=min(longest, _longest(hf)),
             batch_size=min(options.batch_size, len(requests)),
             tokenizer=tokenizer,
             group=dist.group.WORLD,
