@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megapatch.tools.report import svg
+from megapatch.models import svg
 from megapatch.tools.report.report import main
 
 VOID = {"meta", "rect", "circle", "br"}

@@ -11,6 +11,10 @@ DIGIT_PX = 6.9  # of a 12 px digit, for the left margin
 THIN_PX = 1.6  # an ordinary curve
 DENSE = 1000  # points; noise of longer lines is drawn paler, so that validation points stand out
 DOTS_BELOW = 40  # lines with fewer points also show them
+ROW_PX = 18  # of a legend
+PLAIN_STYLE = """svg{background:#fff;font-family:system-ui,sans-serif}text{fill:#3d444d}.unit{font-style:italic}
+.grid{stroke:#e9ecef}.axis{stroke:#5b6470}.line{fill:none;stroke:var(--c)}.dot{fill:var(--c)}.dashed{stroke-dasharray:6 4}
+.c0{--c:#1f6fd6}.c1{--c:#d9660f}.c2{--c:#12866b}.c3{--c:#a23bb0}.c4{--c:#8a6d00}.c5{--c:#c8244f}"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Chart:
     top: float = math.inf
     width: int = 480
     height: int = 250
+    x_label: str = "step"
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def draw(chart: Chart) -> str:
     x = Axis(low, high, left, chart.width - 24)
     body = [_text(4, 14, chart.unit, "start", "unit")]
     body += _y_grid(x, y, y_ticks, labels)
-    body += _x_ticks(x, y)
+    body += _x_ticks(x, y, chart.x_label)
     body += [_mark(mark, x, y) for mark in chart.marks]
     for line in chart.lines:
         body += _line(line, x, y)
@@ -135,11 +140,11 @@ def _y_grid(x: Axis, y: Axis, ticks: Sequence[float], labels: Sequence[str]) -> 
     return found
 
 
-def _x_ticks(x: Axis, y: Axis) -> list[str]:
+def _x_ticks(x: Axis, y: Axis, name: str) -> list[str]:
     count = max(2, int((x.end - x.start) / 70))
     ticks = nice_ticks(x.low, x.high, count)
     labels = tick_labels(ticks)
-    found = [_text((x.start + x.end) / 2, y.start + 36, "step", "middle", "unit")]
+    found = [_text((x.start + x.end) / 2, y.start + 36, name, "middle", "unit")]
     for tick, label in zip(ticks, labels, strict=True):
         if not x.low <= tick <= x.high or tick != int(tick):
             continue
@@ -223,5 +228,20 @@ def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:
 
 def _frame(chart: Chart, body: Iterable[str]) -> str:
     size = f'viewBox="0 0 {chart.width} {chart.height}"'
-    label = escape(f"{chart.title} by step")
+    label = escape(f"{chart.title} by {chart.x_label}")
     return f'<svg class="chart" {size} font-size="{FONT_PX}" role="img" aria-label="{label}">{"".join(body)}</svg>'
+
+
+def standalone(chart: Chart) -> str:
+    """The chart as a file of its own: with title, colours and a legend below, and nothing from outside."""
+    rows = []
+    for i, line in enumerate(chart.lines):
+        y = chart.height + ROW_PX * (i + 0.5)
+        rows.append(f'<path class="line {line.style}" stroke-width="2" d="M16 {y:.1f}h24"/>')
+        rows.append(_text(48, y + 4, line.name, "start"))
+    size = f"{chart.width} {chart.height + ROW_PX * (len(rows) // 2 + 2)}"
+    inner = draw(chart).replace("<svg ", f'<svg width="{chart.width}" height="{chart.height}" ', 1)
+    head = f"<style>{PLAIN_STYLE}</style><title>{escape(chart.title)}</title>"
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -20 {size}" font-size="{FONT_PX}">'
+    title = _text(chart.width / 2, -4, chart.title, "middle")
+    return f"{start}{head}{title}{inner}{''.join(rows)}</svg>\n"
