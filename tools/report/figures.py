@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from megapatch.tools.report.logs import Run, as_float
 from megapatch.models.svg import THIN_PX, Chart, Line, Mark, draw, finite, hollow_px, weight
+from megapatch.tools.report.logs import Run, as_float
 
 COLOURS = 6
 KIB = 1024.0
