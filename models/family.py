@@ -3,8 +3,9 @@
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
@@ -101,6 +102,18 @@ def max_positions(hf: HfConfig) -> int | None:
     """The longest sequence the model was made for; None: no limit."""
     source = find(hf).max_positions
     return source(hf) if callable(source) else next((hf[key] for key in source.split("|") if hf.get(key)), None)
+
+
+def full_names(hf: HfConfig, names: Iterable[str], wanted: Container[str]) -> dict[str, str]:
+    """Name in a folder's files -> in the whole model: the prefix added where the bare model's files lack it.
+
+    Buffers, which follow from config.json, are left out.
+    """
+    found = find(hf)
+    kept = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in found.buffers)]
+    if any(name.startswith(found.prefix) for name in kept):
+        return {name: name for name in kept}
+    return {name: name if name in wanted else found.prefix + name for name in kept}
 
 
 def placed_rules(hf: HfConfig) -> list[Placed]:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from megapatch.models import core_files, hf_files
 from megapatch.models.cli import UserError
-from megapatch.models.family import HfConfig, find, tied_embeddings
+from megapatch.models.family import HfConfig, find, full_names, tied_embeddings
 from megapatch.models.rules import Placed
 from megapatch.models.shapes import Layout
 
@@ -28,11 +28,15 @@ class HfWeights:
     """The weights of a folder, addressed by checkpoint key and region. Checked as a whole when opened (UserError)."""
 
     def __init__(self, folder: Path, hf: HfConfig) -> None:
+        if "quantization_config" in hf:
+            raise UserError(f"{folder}: quantised weights; make a core checkpoint of them with mp-convert first")
         layout = Layout(hf)
         self.layout = layout
         self.placed = {_address(placed, layout.stacked): placed for placed in layout.placed}
         self.shapes = {name: shape for p in layout.placed for name, shape in zip(p.hf, layout.parts(p), strict=True)}
-        found = hf_files.tensors(folder)
+        stored = hf_files.tensors(folder)
+        names = full_names(hf, stored, self.shapes)
+        found = {name: stored[there] for there, name in names.items()}
         _refuse(folder, "is missing", set(self.shapes) - set(found))
         _refuse(folder, "has no rule: megapatch would drop it", set(found) - set(self.shapes) - _tied_copies(hf))
         for name, shape in self.shapes.items():
@@ -40,7 +44,7 @@ class HfWeights:
                 there = f"shape {list(found[name].shape)} in {found[name].file.name}"
                 raise UserError(f"{name}: {there}, {list(shape)} by config.json; is it the right config.json?")
         opened = {path: safe_open(path, framework="pt") for path in {tensor.file for tensor in found.values()}}
-        self.files = {name: opened[tensor.file] for name, tensor in found.items()}
+        self.files = {name: (opened[tensor.file], tensor.name) for name, tensor in found.items()}
 
     def full_shape(self, address: Address) -> tuple[int, ...]:
         """Shape of a core tensor as the folder has it (leading axes left out)."""
@@ -57,10 +61,8 @@ class HfWeights:
         for part, first, rows in self.layout.packed(placed)[1]:
             low, high = max(start[0], at), min(stop, at + rows)
             if low < high:
-                stored, place = (
-                    self.files[placed.hf[part]].get_slice(placed.hf[part]),
-                    slice(first + low - at, first + high - at),
-                )
+                file, name = self.files[placed.hf[part]]
+                stored, place = file.get_slice(name), slice(first + low - at, first + high - at)
                 pieces.append(stored[:, place].T if placed.rule.transposed else stored[place])
             at += rows
         region = torch.cat(pieces)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from model_folders import make, soften
 
+from megapatch.models.family import known
 from megapatch.tools.preprocess.preprocess import main as preprocess
 from megapatch.tools.preprocess.train_tokenizer import main as train_tokenizer
 from megapatch.trainer.pretrain import main
@@ -38,7 +39,9 @@ def data(folder: Path, name: str, files: list[str], tokenizer: str = "tokenizer"
 
 def model(folder: Path, name: str, family: str = "qwen3", **changes: Any) -> Path:
     """A tiny Hugging Face folder of the corpus's vocabulary, without a tokenizer."""
-    made = soften(make(folder / name, family, dtype=torch.float32, **{"vocab_size": VOCABULARY} | changes))
+    key = known()[family].vocab_size
+    assert isinstance(key, str)
+    made = soften(make(folder / name, family, dtype=torch.float32, **{key: VOCABULARY} | changes))
     for stand_in in ("tokenizer.json", "chat_template.jinja"):
         (made / stand_in).unlink()
     return made
