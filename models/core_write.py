@@ -38,20 +38,30 @@ class Bytes(NamedTuple):
 
 
 class CoreWriter:
-    """Lays tensors out in ``num_files`` files; ``rest()`` gives all that is not tensor data, ``sizes`` the files."""
+    """Lays tensors out in ``num_files`` files for each stage of a pipeline; ``sizes`` are those of the files.
 
-    def __init__(self, num_files: int) -> None:
-        self.sizes = {f"__0_{n}.distcp": 0 for n in range(num_files)}
+    ``rest()`` gives all that is not tensor data.
+    """
+
+    def __init__(self, num_files: int, num_stages: int = 1) -> None:
+        self._files = [[f"__{stage}_{n}.distcp" for n in range(num_files)] for stage in range(num_stages)]
+        self.sizes = {name: 0 for names in self._files for name in names}
         self.tensors: dict[str, tuple[str, tuple[int, ...], list[Call]]] = {}
         self.objects: list[str] = []
         self._places: list[tuple[Call, Call]] = []
         self._bytes: list[Bytes] = []
 
     def tensor(
-        self, key: str, dtype: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
+        self,
+        key: str,
+        dtype: str,
+        shape: Sequence[int],
+        offsets: Sequence[int],
+        sizes: Sequence[int],
+        stage: int = 0,
     ) -> tuple[str, int]:
         """Add the chunk at ``offsets`` of a tensor of ``shape``; file and byte offset where its data goes."""
-        file = min(self.sizes, key=self.sizes.__getitem__)
+        file = min(self._files[stage], key=self.sizes.__getitem__)
         base = self.sizes[file]
         blob = tensor_blob(dtype, tuple(sizes))
         self._bytes += [Bytes(file, base + at, data) for at, data in blob.parts]

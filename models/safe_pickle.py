@@ -106,10 +106,11 @@ class Global:
 
 @dataclass(frozen=True)
 class Call:
-    """What a Global gives for arguments, to be called by the reader."""
+    """What a Global gives for arguments, to be called by the reader; ``state``: attributes to set then."""
 
     function: Global
     args: tuple[Any, ...]
+    state: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,9 @@ class _Writer(_InPython):
         self.save(value.function)
         self.save(value.args)
         self.write(pickle.REDUCE)
+        if value.state is not None:
+            self.save(value.state)
+            self.write(pickle.BUILD)
 
     def persistent_id(self, value: Any) -> Any:
         return value.value if isinstance(value, Persistent) else None

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from megapatch.models import safe_pickle
 from megapatch.models.cli import UserError
-from megapatch.models.safe_pickle import Global, Persistent
+from megapatch.models.safe_pickle import Call, Global, Persistent
 
 ITEM_BYTES = {
     **dict.fromkeys(("float64", "int64", "uint64"), 8),
@@ -26,7 +26,7 @@ ITEM_BYTES = {
 }
 _STORAGE_OF = {dtype: Global("torch", storage) for storage, dtype in safe_pickle.STORAGES.items()}
 _ALIGN_BYTES = 64
-_BIG = 0xFFFFFFFF
+_BIG, _MANY = 0xFFFFFFFF, 0xFFFF
 _MOST_AXES = 64
 Shape = tuple[int, ...]
 
@@ -200,45 +200,69 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 class Blob(NamedTuple):
-    """A torch.save file without its tensor: ``parts`` at their offsets, and where the tensor's bytes go."""
+    """A torch.save file without its tensors: ``parts`` at their offsets, and where each tensor's bytes go."""
 
     parts: tuple[tuple[int, bytes], ...]
-    data_offset: int
+    holes: tuple[int, ...]
     size: int
+
+    @property
+    def data_offset(self) -> int:
+        """Where the bytes of the only tensor go."""
+        (hole,) = self.holes
+        return hole
+
+
+class Tensors:
+    """Contiguous tensors of one torch.save file, each with a storage of its own; numbered in the order of adding."""
+
+    def __init__(self) -> None:
+        self._bytes: list[int] = []
+
+    def add(self, dtype: str, shape: tuple[int, ...]) -> Call:
+        """What stands for the next tensor in the value that is saved."""
+        storage = Persistent(("storage", _STORAGE_OF[dtype], str(len(self._bytes)), "cpu", prod(shape)))
+        self._bytes.append(prod(shape) * ITEM_BYTES[dtype])
+        hooks = Global("collections", "OrderedDict")()
+        return Global("torch._utils", "_rebuild_tensor_v2")(storage, 0, shape, contiguous(shape), False, hooks)
+
+    def blob(self, value: Any) -> Blob:
+        """What torch.save writes for a value, with holes for the tensors' data."""
+        return _zip(safe_pickle.dump(value), self._bytes)
 
 
 @lru_cache(4096)
 def tensor_blob(dtype: str, shape: tuple[int, ...]) -> Blob:
     """What torch.save writes for a contiguous tensor, with a hole for the data."""
-    storage = Persistent(("storage", _STORAGE_OF[dtype], "0", "cpu", prod(shape)))
-    hooks = Global("collections", "OrderedDict")()
-    value = Global("torch._utils", "_rebuild_tensor_v2")(storage, 0, shape, contiguous(shape), False, hooks)
-    return _zip(safe_pickle.dump(value), prod(shape) * ITEM_BYTES[dtype])
+    tensors = Tensors()
+    return tensors.blob(tensors.add(dtype, shape))
 
 
 def object_blob(value: Any) -> bytes:
     """What torch.save writes for plain values (no tensors)."""
-    blob = _zip(safe_pickle.dump(value), None)
+    blob = Tensors().blob(value)
     return b"".join(data for _, data in blob.parts)
 
 
-def _zip(data_pkl: bytes, storage_bytes: int | None) -> Blob:
+def _zip(data_pkl: bytes, storages: Sequence[int]) -> Blob:
     records: list[tuple[str, bytes | int]] = [("data.pkl", data_pkl), ("byteorder", b"little")]
-    records += [] if storage_bytes is None else [("data/0", storage_bytes)]
+    records += [(f"data/{n}", size) for n, size in enumerate(storages)]
     records += [("version", b"3\n")]
-    parts, directory, at, hole = [], [], 0, 0
+    parts: list[tuple[int, bytes]] = []
+    directory, holes, at = [], [], 0
     for name, data in records:
         head, entry = _headers(f"archive/{name}".encode(), data, at)
         parts.append((at, head))
         directory.append(entry)
         at += len(head)
         if isinstance(data, int):
-            hole, at = at, at + data
+            holes.append(at)
+            at += data
         else:
             parts.append((at, data))
             at += len(data)
     end = b"".join([*directory, *_end(len(records), sum(map(len, directory)), at)])
-    return Blob(tuple(_joined([*parts, (at, end)])), hole, at + len(end))
+    return Blob(tuple(_joined([*parts, (at, end)])), tuple(holes), at + len(end))
 
 
 def _headers(name: bytes, data: bytes | int, at: int) -> tuple[bytes, bytes]:
@@ -257,11 +281,12 @@ def _headers(name: bytes, data: bytes | int, at: int) -> tuple[bytes, bytes]:
 
 
 def _end(count: int, directory_bytes: int, at: int) -> Iterator[bytes]:
-    """End of the zip's directory, which starts at ``at``; with the zip64 form where offsets need it."""
-    if at >= _BIG:
+    """End of the zip's directory, which starts at ``at``; with the zip64 form where offsets or the count need it."""
+    if at >= _BIG or count >= _MANY:
         yield struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, directory_bytes, at)
         yield struct.pack("<IIQI", 0x07064B50, 0, at + directory_bytes, 1)
-    yield struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, count, count, directory_bytes, min(at, _BIG), 0)
+    shown = min(count, _MANY)
+    yield struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, shown, shown, directory_bytes, min(at, _BIG), 0)
 
 
 def _joined(parts: list[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:

@@ -1,6 +1,5 @@
 """mp-convert under bad luck: killed, disk full, source changing, many files; and chunks cut in any way."""
 
-import itertools
 import json
 import os
 import resource
@@ -18,11 +17,12 @@ from model_folders import contents
 
 from megapatch.models import core_files, hf_files, shapes
 from megapatch.models.core_write import CoreWriter
+from megapatch.models.cuts import Region
 from megapatch.models.family import placed_rules
 from megapatch.tools.convert.convert import main
-from megapatch.tools.convert.execute import execute, pieces
+from megapatch.tools.convert.execute import execute
+from megapatch.tools.convert.from_core import matrix_of
 from megapatch.tools.convert.plan import Copy, Part, Plan
-from megapatch.tools.convert.to_hf import Piece, Weight, copies
 
 CONFIG = {
     "model_type": "llama",
@@ -127,19 +127,6 @@ def test_a_byte_named_twice_or_not_at_all_stops_the_plan(tmp_path):
             Plan([Copy("a", "f", first, parts), Copy("b", "f", second, parts)]).finish()
 
 
-@given(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(4, 200))
-def test_pieces_cover_a_copy_once_and_fit_the_buffer(rows, widths, limit):
-    offsets = list(itertools.accumulate([rows * width * 2 for width in widths], initial=0))
-    parts = tuple(Part(Path("x"), at, width) for at, width in zip(offsets, widths, strict=False))
-    copy = Copy("a", "f", 0, parts, rows, "bfloat16", "float32")
-    found = list(pieces(copy, limit))
-    for n, part in enumerate(parts):
-        ranges = [(p.parts[n].offset, p.rows * p.parts[n].items * 2) for p in found]
-        assert [at for at, _ in ranges] == list(itertools.accumulate([s for _, s in ranges], initial=part.offset))[:-1]
-        assert sum(size for _, size in ranges) == rows * part.items * 2
-    assert all(p.rows * p.items * 2 <= limit or (p.rows == 1 and len(parts) > 1) for p in found)
-
-
 @st.composite
 def cut_tensor(draw) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]], int]:
     """Shape, (offsets, sizes) of chunks that tile it in an irregular way, and how many axes lead."""
@@ -182,9 +169,9 @@ def test_any_rectangular_chunks_give_the_tensor_back(tmp_path_factory, cut, data
     rows = data.draw(st.integers(1, shape[depth] - first))
     wanted = tensor[lead][first : first + rows]
     with checkpoint_of(folder, tensor, boxes) as checkpoint:
-        piece = Piece(checkpoint.tensors["a"], lead, first, 0, rows)
-        weight = Weight("w", "float32", wanted.shape, [piece])
-        plan = Plan(list(copies(weight, "out", 0, checkpoint))).finish()
+        found = matrix_of(checkpoint, checkpoint.tensors["a"], lead)
+        part = found.take([Region(first, 0, rows, found.columns)])
+        plan = Plan(list(part.copies("w", "out", 0, "float32"))).finish()
     execute(plan, folder, 2, lambda size: None)
     assert (folder / "out").read_bytes() == wanted.tobytes()
 
@@ -204,6 +191,6 @@ def test_any_rectangular_chunks_give_the_tensor_back(tmp_path_factory, cut, data
 def test_chunks_that_leave_gaps_or_overlap_are_told(boxes, tmp_path):
     tensor = np.zeros((4, 4), np.float32)
     with checkpoint_of(tmp_path, tensor, boxes) as checkpoint:
-        weight = Weight("w", "float32", (4, 4), [Piece(checkpoint.tensors["a"], (), 0, 0, 4)])
+        found = matrix_of(checkpoint, checkpoint.tensors["a"], ())
         with pytest.raises(Exception, match=r"the chunks of a leave a part of it out, or overlap"):
-            list(copies(weight, "out", 0, checkpoint))
+            list(found.copies("w", "out", 0, "float32"))

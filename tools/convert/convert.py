@@ -1,46 +1,91 @@
-"""mp-convert: Hugging Face folder to megatron-core checkpoint and back, byte for byte."""
+"""mp-convert: checkpoints of Hugging Face, megatron-core and Megatron-LM into each other, byte for byte."""
 
+import contextlib
 import json
 import logging
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
-from megapatch.models import core_files
+from megapatch.models import core_files, hf_files
 from megapatch.models.cli import Common, UserError, opt, run
 from megapatch.models.commit import verify
-from megapatch.tools.convert import to_core, to_hf
+from megapatch.models.parallel import Parallel
+from megapatch.tools.convert import to_core, to_hf, to_legacy
+from megapatch.tools.convert.from_core import CoreSource
+from megapatch.tools.convert.from_hf import HfSource
+from megapatch.tools.convert.from_legacy import LegacySource
 from megapatch.tools.convert.plan import Plan
+from megapatch.tools.convert.ranks import ranks_of
+from megapatch.tools.convert.source import Source, kind_of
 from megapatch.tools.convert.write import write
 
 log = logging.getLogger(__name__)
 EXAMPLES = """examples:
   mp-convert --source Qwen3-0.6B --target qwen3-core        # writes qwen3-core/release, ready for training
   mp-convert --source runs/sft --target Qwen3-0.6B-sft      # the newest checkpoint of a run, as a Hugging Face folder
+  mp-convert --source qwen3-core --target qwen3-mp --to legacy --tp 2 --pp 2   # one file for each rank
+  mp-convert --source DeepSeek-V3 --target v3-core --chunk tp=8,pp=4,ep=8      # FP8 to bf16, cut for this layout
   mp-convert --source qwen3-core --target /tmp/x --dry-run | head   # what would be copied from where
 """
 
 
+def _parallel(name: str) -> Any:
+    """An option as the trainer declares it; None when it is not given."""
+    return field(default=None, metadata=Parallel.__dataclass_fields__[name].metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
-    """Convert a Hugging Face folder (safetensors) to a megatron-core checkpoint (torch_dist), or back.
+    """Convert between Hugging Face folders (safetensors), megatron-core checkpoints (torch_dist) and Megatron-LM's
+    checkpoints of one file for each rank (legacy), in every direction.
 
-    The direction follows from the source. Weights are copied without being loaded; every tensor finds its place or
-    the run fails. A core checkpoint carries config.json and the tokenizer, so it needs nothing else on the way back.
+    What the source is follows from its files. Weights are copied without being loaded; every tensor finds its place
+    or the run fails. What is written carries config.json and the tokenizer, so it needs nothing else on the way back.
     """
 
-    source: Path = opt("a Hugging Face folder, a core checkpoint, or a folder of core checkpoints with a tracker")
+    source: Path = opt("a Hugging Face folder, a checkpoint, or a folder of checkpoints with a tracker")
     target: Path = opt("folder to write; appears when complete")
-    dtype: Literal["keep", "bf16", "fp16", "fp32"] = opt("type of the weights in the target", "keep")
+    to: Literal["auto", "core", "hf", "legacy"] = opt(
+        "what to write; auto: core of a Hugging Face folder, else hf", "auto"
+    )
+    config: Optional[Path] = opt(
+        "Hugging Face folder with config.json and tokenizer, for a checkpoint that carries none", None
+    )
+    dtype: Literal["auto", "keep", "bf16", "fp16", "fp32"] = opt(
+        "type of the weights in the target; auto: as they are, but FP8 as bf16", "auto"
+    )
     max_shard_size: Optional[str] = opt(
         "largest .safetensors file, such as 500MB or 5GB (default: as the model came, else 5GB)", None
     )
-    jobs: int = opt("files written at the same time", 4, flags=["--jobs", "-j"])
-    skip_digests: bool = opt(
-        "do not compare the content of a core checkpoint with its manifest: reads it once less", False
+    chunk: Optional[str] = opt(
+        "cut the weights of a core target for a layout, such as tp=8,pp=4,ep=2 (also vpp=, etp=): its ranks read each "
+        "byte once; any other layout can load it too",
+        None,
     )
+    tp: Optional[int] = _parallel("tp")
+    pp: Optional[int] = _parallel("pp")
+    vpp: Optional[int] = _parallel("vpp")
+    ep: Optional[int] = _parallel("ep")
+    etp: Optional[int] = _parallel("etp")
+    make_vocab_size_divisible_by: Optional[int] = opt(
+        "rows of the embedding on each rank of a layout are a multiple of this (default: 128, as Megatron-LM)", None
+    )
+    spec: Optional[str] = opt(
+        "names in a legacy target: of Transformer Engine's layers or of core's own (default: te)",
+        None,
+        choices=["te", "local"],
+    )
+    experts: Optional[str] = opt(
+        "experts in a legacy target: as --moe-grouped-gemm has them, or one by one (default: grouped)",
+        None,
+        choices=["grouped", "sequential"],
+    )
+    jobs: int = opt("files written at the same time", 4, flags=["--jobs", "-j"])
+    skip_digests: bool = opt("do not compare the content of a checkpoint with its manifest: reads it once less", False)
     dry_run: bool = opt(
         "print the plan as JSON lines (bytes of each target file, and where from); write nothing", False
     )
@@ -51,6 +96,43 @@ class Options(Common):
             raise ValueError("--jobs must be 1 or more")
         if self.max_shard_size is not None:
             shard_bytes(self.max_shard_size)
+        if self.chunk is not None:
+            chunk_layout(self.chunk)
+        self.layout()
+        if (self.make_vocab_size_divisible_by or 1) < 1:
+            raise ValueError("--make-vocab-size-divisible-by must be 1 or more")
+
+    def layout(self) -> Parallel:
+        """The layout that --tp and the like give (ValueError)."""
+        return _layout({name: getattr(self, name) for name in _SIZES})
+
+
+_SIZES = ("tp", "pp", "vpp", "ep", "etp")
+_ONLY = {  # option -> the targets for which it can take effect
+    **dict.fromkeys((*_SIZES, "spec", "experts"), ("legacy",)),
+    "chunk": ("core",),
+    "max_shard_size": ("hf",),
+    "make_vocab_size_divisible_by": ("legacy", "core"),
+}
+
+
+def _layout(given: Mapping[str, int | None]) -> Parallel:
+    sizes: dict[str, Any] = {name: size for name, size in given.items() if size is not None}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"--{name} {size}: must be at least 1")
+    return Parallel(**sizes, sequence_parallel=sizes.get("tp", 1) > 1)
+
+
+def chunk_layout(text: str) -> Parallel:
+    """tp=8,pp=4 -> that layout (ValueError)."""
+    given = {}
+    for item in text.split(","):
+        name, _, size = item.strip().partition("=")
+        if name not in _SIZES or not size.isdigit() or name in given:
+            raise ValueError(f"--chunk {text}: expected sizes of {', '.join(_SIZES)}, such as tp=8,pp=4")
+        given[name] = int(size)
+    return _layout(given)
 
 
 def shard_bytes(text: str) -> int:
@@ -64,39 +146,70 @@ def shard_bytes(text: str) -> int:
 
 def convert(options: Options) -> None:
     """Plan, then copy into a staged folder that takes the target's name when complete."""
-    source, root = options.source, options.target
-    back = core_files.is_core(source)
-    target = root if back else core_files.iteration_folder(root, core_files.RELEASE)
-    refuse_overlap(core_files.resolve(source) if back else source, target, root)
-    plan = _to_hf(options) if back else to_core.plan(source, options.dtype)
-    if not back and options.max_shard_size is not None:
-        raise UserError("--max-shard-size: only for a Hugging Face target; core checkpoints have no such files")
+    kind, source = kind_of(options.source)
+    to = options.to if options.to != "auto" else "core" if kind == "hf" else "hf"
+    _refuse_options(options, kind, to)
+    root = options.target
+    target = root if to == "hf" else core_files.iteration_folder(root, core_files.RELEASE)
+    refuse_overlap(source, target, root)
+    if kind != "hf" and not verify(source, digests=not (options.skip_digests or options.dry_run)):
+        log.warning("%s: no manifest.json; its content cannot be verified", source)
+    with opened(kind, source, options.config) as weights:
+        plan = _plan(options, to, weights)
     for note in plan.notes:
         log.info("%s", note)
     if options.dry_run:
         sys.stdout.writelines(json.dumps(line) + "\n" for line in plan.lines())
         return
     about = {"source": str(options.source), "dtype": options.dtype}
-    name_it = (lambda: None) if back else lambda: core_files.write_tracker(root, core_files.RELEASE)
+    name_it = (lambda: None) if to == "hf" else lambda: core_files.write_tracker(root, core_files.RELEASE)
     write(plan, target, root=root, force=options.force, jobs=options.jobs, about=about, name_it=name_it)
     print(target)
+
+
+def _refuse_options(options: Options, kind: str, to: str) -> None:
+    """Refuse options that cannot take effect (UserError)."""
+    for name, targets in _ONLY.items():
+        if getattr(options, name) is not None and to not in targets:
+            raise UserError(f"--{name.replace('_', '-')}: only for --to {' or '.join(targets)}; this is --to {to}")
+    if options.config is not None and kind == "hf":
+        raise UserError("--config: only for a checkpoint; a Hugging Face folder has its own config.json")
+    if to == "core" and options.make_vocab_size_divisible_by is not None and options.chunk is None:
+        raise UserError("--make-vocab-size-divisible-by: needs --chunk; whole weights are stored without padding")
+
+
+@contextlib.contextmanager
+def opened(kind: str, folder: Path, config: Path | None) -> Iterator[Source]:
+    """The weights of a folder of this kind."""
+    if kind == "hf":
+        yield HfSource(folder)
+    elif kind == "legacy":
+        yield LegacySource(folder, config)
+    else:
+        with core_files.Checkpoint(folder) as checkpoint:
+            yield CoreSource(checkpoint, config)
+
+
+def _plan(options: Options, to: str, source: Source) -> Plan:
+    hf, multiple = source.model.config, options.make_vocab_size_divisible_by or 128
+    if to == "hf":
+        limit = options.max_shard_size
+        return to_hf.plan(source, options.dtype, None if limit is None else shard_bytes(limit))
+    if to == "core":
+        layout = None if options.chunk is None else chunk_layout(options.chunk)
+        return to_core.plan(source, options.dtype, None if layout is None else ranks_of(hf, layout, multiple))
+    names = to_legacy.Names(options.spec or "te", options.experts or "grouped")
+    return to_legacy.plan(source, options.dtype, ranks_of(hf, options.layout(), multiple, names.spec), names)
 
 
 def refuse_overlap(source: Path, target: Path, root: Path) -> None:
     """Refuse a target whose writing would change or remove the very folder that is read."""
     read, written = source.resolve(), target.resolve()
-    if read in (written, root.resolve()) or read.is_relative_to(written):
+    beside = written != root.resolve() and read.parent == root.resolve()  # its tracker would name the new one
+    if read in (written, root.resolve()) or read.is_relative_to(written) or beside:
         raise UserError(f"--target {root}: is the source {source}, or holds it; choose another folder")
-    if core_files.is_core(source) and written.is_relative_to(read):
+    if not (source / hf_files.CONFIG).is_file() and written.is_relative_to(read):
         raise UserError(f"--target {root}: lies inside the checkpoint {source}; choose a folder beside it")
-
-
-def _to_hf(options: Options) -> Plan:
-    checkpoint = core_files.resolve(options.source)
-    if not verify(checkpoint, digests=not (options.skip_digests or options.dry_run)):
-        log.warning("%s: no manifest.json; its content cannot be verified", checkpoint)
-    limit = options.max_shard_size
-    return to_hf.plan(checkpoint, options.dtype, None if limit is None else shard_bytes(limit))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -58,7 +58,8 @@ class Copy(NamedTuple):
     """A range of a target file: ``rows`` rows, each made of one row of every part.
 
     Almost always one row of one part: a range of bytes. Items are of dtype ``read`` in the sources and ``write`` in
-    the target. A ``transposed`` copy has one part, of ``rows`` rows: its columns are written as rows.
+    the target. The parts of a ``transposed`` copy, all of ``rows`` rows and equal width, lie one below the other, not
+    side by side: the columns of that stack are written as rows.
     """
 
     name: str  # of the tensor, or of a file copied whole
