@@ -35,6 +35,7 @@ USER_ERRNOS = {  # an OSError that the user can mend
     getattr(errno, name)
     for name in "EACCES EDQUOT EEXIST EISDIR ELOOP EMFILE ENAMETOOLONG ENOENT ENOSPC ENOTDIR EPERM EROFS".split()
 }
+DISK_ERRNOS = {errno.EFBIG, errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT}  # likewise, if of a named file
 
 
 class UserError(Exception):
@@ -225,7 +226,7 @@ def run(
         _drop_stdout()
         return PIPE
     except OSError as error:
-        if error.errno not in USER_ERRNOS:
+        if error.errno not in USER_ERRNOS and not (error.errno in DISK_ERRNOS and error.filename):
             raise
         _drop_stdout()
         return _fail(prog, f"{error.filename or 'output'}: {error.strerror}", verbose)

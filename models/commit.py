@@ -35,9 +35,20 @@ def fsync(path: Path) -> None:
     """Make a file's data, or a folder's entries, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the system that names no file this path."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def staging_name(target: Path) -> Path:
@@ -48,7 +59,7 @@ def staging_name(target: Path) -> Path:
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
     """Yield a path to write; on success it is made durable and renamed to ``target``, on failure removed."""
-    target = _real(target)
+    target = real(target)
     if target.exists() and not target.is_file():
         raise UserError(f"{target}: is not a regular file; choose another output")
     stage = _make_room(target)
@@ -70,24 +81,29 @@ def staged_folder(
     force: bool = False,
     about: Mapping[str, Any] | None = None,
     digests: Mapping[str, str] | None = None,
+    stage: Path | None = None,
 ) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it gets a manifest, and replaces ``target``.
 
     An existing target is refused unless ``force``; it stays until the new one takes its place.
     ``about``: what else the manifest should say (layout, step); ``digests``: the xxh3-128 of files whose content was
-    digested while it was written. Both are read when the block ends.
+    digested while it was written. Both are read when the block ends. ``stage``: the folder to fill, of the caller's
+    making; when the block fails it is left to the caller.
     """
     refuse_existing(target, force)
-    target = _real(target)
-    stage = _make_room(target)
-    stage.mkdir()
+    target = real(target)
+    folder = stage or _make_room(target)
+    folder.mkdir(exist_ok=stage is not None)
     try:
         with naming_full_disks(target):
-            yield stage
-            seal(stage, tool=tool, about=about, digests=digests)
-            _put(stage, target)
-    finally:
-        _remove(stage)
+            yield folder
+            seal(folder, tool=tool, about=about, digests=digests)
+            _put(folder, target)
+    except BaseException:
+        if stage is None:
+            remove(folder)
+        raise
+    remove(folder)  # what the target was before
 
 
 def refuse_existing(target: Path, force: bool) -> None:
@@ -97,7 +113,7 @@ def refuse_existing(target: Path, force: bool) -> None:
         raise UserError(f"{target}: exists already; remove it, choose another output, or pass --force")
 
 
-def _real(target: Path) -> Path:
+def real(target: Path) -> Path:
     """The target itself where a symbolic link is given, so that the link stays."""
     target = Path(os.path.realpath(target))
     if target == Path.cwd() or not target.name:
@@ -107,19 +123,25 @@ def _real(target: Path) -> Path:
 
 def _make_room(target: Path) -> Path:
     """The free staging path of ``target``, whose parents exist durably."""
-    if wrong := [p for p in target.parents if p.exists() and not p.is_dir()]:
-        raise UserError(f"{wrong[0]}: is a file, expected a folder; choose another output than {target}")
-    for parent in reversed([p for p in target.parents if not p.exists()]):
-        parent.mkdir(exist_ok=True)
-        fsync(parent.parent)
+    make_parents(target)
     stage = staging_name(target)
-    _remove(stage)  # of an earlier process with this id
+    remove(stage)  # of an earlier process with this id
     for other in target.parent.glob(f"{glob.escape(target.name)}.tmp-*"):
         log.warning("%s: of an interrupted run, or another one is writing; remove it if not", other)
     return stage
 
 
-def _remove(path: Path) -> None:
+def make_parents(target: Path) -> None:
+    """Make the folders around ``target``, durably."""
+    if wrong := [p for p in target.parents if p.exists() and not p.is_dir()]:
+        raise UserError(f"{wrong[0]}: is a file, expected a folder; choose another output than {target}")
+    for parent in reversed([p for p in target.parents if not p.exists()]):
+        parent.mkdir(exist_ok=True)
+        fsync(parent.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder that may be there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -136,7 +158,7 @@ def _put(stage: Path, target: Path) -> None:
         os.rename(target, old)
         os.rename(stage, target)
         fsync(target.parent)
-        _remove(old)
+        remove(old)
     fsync(target.parent)
 
 
@@ -243,6 +265,4 @@ def naming_full_disks(target: Path) -> Iterator[None]:
         if number not in _FULL:
             raise
         free = shutil.disk_usage(target.parent).free
-        raise UserError(
-            f"{target}: disk full ({free:,} bytes free); nothing was kept, free space and run again"
-        ) from error
+        raise UserError(f"{target}: disk full ({free:,} bytes free); free space and run again") from error

@@ -197,6 +197,7 @@ FAILURES = {  # what the work raises, the status, and stderr
         "mp-test: error: in: No such file or directory\n",
     ),
     "full disk": (OSError(28, "No space left on device", "out"), 1, "mp-test: error: out: No space left on device\n"),
+    "bad disk": (OSError(5, "Input/output error", "out"), 1, "mp-test: error: out: Input/output error\n"),
     "interrupted": (KeyboardInterrupt(), 130, ""),
 }
 

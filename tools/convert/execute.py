@@ -1,148 +1,154 @@
 """A plan carried out: each file written once from its start, through one small buffer, and digested on the way.
 
-A buffer that stays in the processor's cache is faster here than copy_file_range, which copies page by page unless
-source and target are aligned alike, and would need the data read again for the digest.
+The engine is pread, xxh3 and write with a buffer that stays in the processor's cache. copy_file_range was measured
+beside it (tests/bench/engines.py): on ext4 it is no faster where source and target are aligned alike and slower where
+they are not, which is always so here (a checkpoint aligns to 64 bytes, safetensors to 8; nor could such ranges share
+blocks on XFS or btrfs); across file systems it fails; and the digest would need the target read again.
+
+Network file systems: files are written from start to end by one thread each, never mapped, never reopened for writing;
+an error that comes late, with fsync (as NFS tells of a full disk), fails the file. Holes of a source are read as zeros.
 """
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
-from megapatch.models.cli import UserError
+from megapatch.models.commit import naming
+from megapatch.models.core_files import BACKEND, METADATA
+from megapatch.models.hf_files import CONFIG, INDEX
 from megapatch.models.open_files import OpenFiles
-from megapatch.models.torch_save import ITEM_BYTES
-from megapatch.tools.convert.plan import Copy, Entry, Literal, Plan
+from megapatch.tools.convert.plan import Entry, Literal, Plan
+from megapatch.tools.convert.tiles import Reader
 
-BUFFER_BYTES = 2 << 20
+LAST = (METADATA, BACKEND, CONFIG, INDEX)  # no loader takes a folder without them
 _FLUSH_S = 0.05
 
 
-def execute(plan: Plan, folder: Path, jobs: int, tell: Callable[[int], Any]) -> dict[str, str]:
-    """Write the plan's files into ``folder``; the xxh3-128 of each. ``tell`` hears of bytes written."""
-    files = plan.files()
+class Written(NamedTuple):
+    """A durable file: enough to know it again."""
+
+    bytes: int
+    mtime_ns: int
+    xxh3_128: str
+
+
+def execute(
+    plan: Plan,
+    folder: Path,
+    jobs: int,
+    tell: Callable[[int], Any],
+    kept: Mapping[str, Written] | None = None,
+    note: Callable[[str, Written], Any] = lambda name, written: None,
+) -> dict[str, str]:
+    """Write the plan's files into ``folder`` and make them durable; the xxh3-128 of each.
+
+    ``tell`` hears of bytes written. ``kept``: files that are there already; ``note`` hears of each that is added.
+    Files by which a folder is recognised come last, when all others are durable.
+    """
+    files, kept = plan.files(), kept or {}
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    run = _Run(tell)
+    run = _Run(folder, tell, note)
     with ThreadPoolExecutor(jobs + 1) as pool:
-        flusher = pool.submit(run.flush)
-        work = {name: pool.submit(run.write, folder / name, entries) for name, entries in files.items()}
+        pool.submit(run.flush)
         try:
-            digests = {name: future.result() for name, future in work.items()}
+            for last in (False, True):
+                turn = [name for name in files if name not in kept and (Path(name).name in LAST) == last]
+                work = [pool.submit(run.write, name, files[name]) for name in turn]
+                for future in work:
+                    future.result()
         finally:
             run.stop.set()
-        flusher.result()
-    return digests
+    return {name: written.xxh3_128 for name, written in {**kept, **run.done}.items()}
+
+
+class _Open:
+    """A file being written. The system tells only once that data did not reach the disk: it is kept for the writer."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.path = path.open("xb", buffering=0), path
+        self._lock = threading.Lock()
+        self._failed: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append all of the data."""
+        view, descriptor = memoryview(data), self.file.fileno()
+        with naming(self.path):
+            if self._failed:
+                raise self._failed
+            while view:
+                view = view[os.write(descriptor, view) :]
+
+    def flush(self) -> None:
+        """Send to the disk what is written so far; called by another thread than the writer's."""
+        with self._lock:
+            if not self.file.closed and self._failed is None:
+                try:
+                    os.fdatasync(self.file.fileno())
+                except OSError as error:
+                    self._failed = error
+
+    def finish(self, digest: str) -> Written:
+        """Make the file durable and close it."""
+        with self._lock, self.file, naming(self.path):
+            os.fsync(self.file.fileno())
+            if self._failed:
+                raise self._failed
+            stat = os.fstat(self.file.fileno())
+            return Written(stat.st_size, stat.st_mtime_ns, digest)
 
 
 class _Run:
     """What the threads of one execution share."""
 
-    def __init__(self, tell: Callable[[int], Any]) -> None:
-        self.tell, self.stop = tell, threading.Event()
+    def __init__(self, folder: Path, tell: Callable[[int], Any], note: Callable[[str, Written], Any]) -> None:
+        self.folder, self.tell, self.note, self.stop = folder, tell, note, threading.Event()
+        self.done: dict[str, Written] = {}
         self._lock = threading.Lock()
-        self._writing: set[int] = set()  # file descriptors
+        self._writing: list[_Open] = []
 
     def flush(self) -> None:
-        """Send to the disk what is written so far, again and again: little is left to wait for at the end."""
+        """Flush all files again and again: little is left to wait for at their ends."""
         while not self.stop.wait(_FLUSH_S):
             with self._lock:
-                copies = [os.dup(descriptor) for descriptor in self._writing]  # the writers close theirs
-            for descriptor in copies:
-                try:
-                    os.fdatasync(descriptor)
-                finally:
-                    os.close(descriptor)
+                writing = list(self._writing)
+            for file in writing:
+                file.flush()
 
-    def write(self, path: Path, entries: Sequence[Entry]) -> str:
-        """Write one file; its xxh3-128."""
-        state, buffer = xxhash.xxh3_128(), memoryview(bytearray(BUFFER_BYTES))
-        with path.open("xb", buffering=0) as file, OpenFiles() as sources:
+    def write(self, name: str, entries: Sequence[Entry]) -> None:
+        """Write one file, unless another one fails; a failure stops the others."""
+        file, state = _Open(self.folder / name), xxhash.xxh3_128()
+        with file.file, OpenFiles() as sources:
             with self._lock:
-                self._writing.add(file.fileno())
+                self._writing.append(file)
             try:
-                for data in _data(entries, sources, buffer):
-                    if self.stop.is_set():  # another file failed
-                        return ""
-                    view = memoryview(data)
-                    while view:
-                        view = view[file.write(view) :]
+                for data in _data(entries, Reader(sources)):
+                    if self.stop.is_set():
+                        return
+                    file.write(data)
                     state.update(data)
                     with self._lock:
                         self.tell(len(data))
+                written = file.finish(state.hexdigest())
+                with self._lock:
+                    self.note(name, written)
+                    self.done[name] = written
+            except BaseException:
+                self.stop.set()
+                raise
             finally:
                 with self._lock:
-                    self._writing.remove(file.fileno())
-        return state.hexdigest()
+                    self._writing.remove(file)
 
 
-def _data(entries: Sequence[Entry], sources: OpenFiles, buffer: memoryview) -> Iterator[bytes | memoryview]:
+def _data(entries: Sequence[Entry], reader: Reader) -> Iterator[bytes | memoryview]:
     for entry in entries:
         if isinstance(entry, Literal):
             yield entry.data
         else:
-            yield from _content(entry, sources, buffer)
-
-
-def _read(sources: OpenFiles, path: Path, view: memoryview, offset: int) -> None:
-    """Fill ``view`` with the bytes from ``offset``."""
-    file, done = sources[path].fileno(), 0
-    while done < len(view):
-        moved = os.preadv(file, [view[done:]], offset + done)
-        if moved == 0:
-            raise UserError(f"{path}: became shorter while it was copied; run again")
-        done += moved
-
-
-def _content(copy: Copy, sources: OpenFiles, buffer: memoryview) -> Iterator[memoryview]:
-    """The bytes of an entry, in pieces that fit the buffer."""
-    for piece in pieces(copy, len(buffer)):
-        size = piece.rows * piece.items * ITEM_BYTES[piece.read]
-        data = buffer[:size] if size <= len(buffer) else memoryview(bytearray(size))
-        if len(piece.parts) == 1:
-            _read(sources, piece.parts[0].source, data, piece.parts[0].offset)
-        else:
-            _join_columns(piece, sources, data)
-        yield data if piece.read == piece.write else cast(data, piece.read, piece.write)
-
-
-def pieces(copy: Copy, limit_bytes: int) -> Iterator[Copy]:
-    """The same copy, cut so that each piece reads at most ``limit_bytes`` (or one row of several parts)."""
-    item = ITEM_BYTES[copy.read]
-    if len(copy.parts) == 1:
-        (part,) = copy.parts
-        total, step = copy.rows * part.items, limit_bytes // item
-        for at in range(0, total, step):
-            count = min(step, total - at)
-            yield copy._replace(rows=1, parts=(part._replace(offset=part.offset + at * item, items=count),))
-        return
-    step = max(1, limit_bytes // (copy.items * item))
-    for row in range(0, copy.rows, step):
-        parts = tuple(p._replace(offset=p.offset + row * p.items * item) for p in copy.parts)
-        yield copy._replace(rows=min(step, copy.rows - row), parts=parts)
-
-
-def _join_columns(copy: Copy, sources: OpenFiles, data: memoryview) -> None:
-    """Fill ``data`` with rows whose columns come from several parts."""
-    import numpy as np
-
-    item = ITEM_BYTES[copy.read]
-    whole, column = np.frombuffer(data, np.uint8).reshape(copy.rows, -1), 0
-    for part in copy.parts:
-        width = part.items * item
-        rows = bytearray(copy.rows * width)
-        _read(sources, part.source, memoryview(rows), part.offset)
-        whole[:, column : column + width] = np.frombuffer(rows, np.uint8).reshape(copy.rows, width)
-        column += width
-
-
-def cast(data: memoryview, read: str, write: str) -> memoryview:
-    """The items of ``data`` in another dtype, rounded as torch rounds."""
-    import torch
-
-    made = torch.frombuffer(data, dtype=getattr(torch, read)).to(getattr(torch, write))
-    return made.view(torch.uint8).numpy().data
+            yield from reader.content(entry)
