@@ -1,0 +1,169 @@
+"""Two or three models run in step, unit by unit: where they depart, and how large the errors of bf16 are."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from megapatch.tools.convert.verify_hf import PLAIN
+from megapatch.tools.convert.verify_points import CHOICE, KEY, QUERY
+from megapatch.tools.convert.verify_stream import CHAINED, ISOLATED, Engine, Pass, Step, Unit
+
+log = logging.getLogger(__name__)
+
+
+def in_step(engines: Sequence[Engine]) -> Iterator[tuple[Step, ...]]:
+    """The same unit of every engine, one after the other; each also runs on the first one's input."""
+    with ExitStack() as stack:
+        first, *others = [stack.enter_context(Pass(engine)) for engine in engines]
+        while (step := first.next()) is not None:
+            steps = [step, *(other.next(step.input) for other in others)]
+            units = [None if s is None else s.unit for s in steps]
+            assert len(set(units)) == 1, f"the engines run different units: {units}"
+            yield tuple(s for s in steps if s is not None)
+        assert all(other.next() is None for other in others), "an engine has more units than the first"
+
+
+def difference(found: Tensor, expected: Tensor) -> dict[str, float]:
+    """How far a tensor is from another: the largest difference, the largest value, and the relative L2 distance."""
+    found, expected = found.float(), expected.float()
+    apart = found - expected
+    return {
+        "max_abs_diff": apart.abs().max().item(),
+        "max_abs": expected.abs().max().item(),
+        "relative_l2": _ratio(apart.norm().item(), expected.norm().item()),
+    }
+
+
+def _ratio(error: float, of: float) -> float:
+    return 0.0 if error == 0 else error / of if of else float("inf")
+
+
+def departs(said: dict[str, float], atol: float) -> bool:
+    """Is the largest difference beyond ``atol``, or ``atol`` of the largest value where that is above 1? NaN is."""
+    return not said["max_abs_diff"] <= atol * max(1.0, said["max_abs"])
+
+
+@dataclass
+class Gate:
+    """The fp32 comparison: a row for each unit, and the first place where the target departs."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    first: dict[str, Any] | None = None
+    grown: dict[str, Any] | None = None  # the first unit beyond the tolerance only because differences add up
+
+
+def gate(reference: Engine, target: Engine, atol: float) -> Gate:
+    """Compare two engines unit by unit; each unit of the target gets the reference's input, and its own."""
+    made, count = Gate(), sum(isinstance(unit, int) for unit in reference.units.values())
+    for ours, theirs in in_step([reference, target]):
+        made.rows.append(_unit(ours, theirs))
+        place = name(ours.unit) + (f" of {count}" if isinstance(ours.unit, int) else "")
+        alone, chained = (made.rows[-1][kind] for kind in (ISOLATED, CHAINED))
+        log.info("%s: alone %s, chained %s", place, _said(alone), _said(chained))
+        if made.first is None and departs(alone, atol):
+            made.first = _named(ours, theirs, atol)
+        if made.grown is None and departs(chained, atol):
+            made.grown = {**_where(ours.unit, "output"), **chained, "how": "differences of earlier layers add up"}
+    return made
+
+
+def _unit(ours: Step, theirs: Step) -> dict[str, Any]:
+    expected = ours.outputs[CHAINED]
+    chained = difference(theirs.outputs[CHAINED], expected)
+    alone = difference(theirs.outputs[ISOLATED], expected) if ISOLATED in theirs.outputs else chained
+    points = {name: difference(*_pair(name, theirs, ours)) for name in common(ours, theirs)}
+    return {**_where(ours.unit, "output"), ISOLATED: alone, CHAINED: chained, "points": points}
+
+
+def _said(found: dict[str, float]) -> str:
+    return f"{found['max_abs_diff']:.1e} of {found['max_abs']:.2g}"
+
+
+def name(unit: Unit) -> str:
+    """A unit as people say it, layers from 0."""
+    return f"layer {unit}" if isinstance(unit, int) else unit
+
+
+def _where(unit: Unit, submodule: str) -> dict[str, Any]:
+    if isinstance(unit, int):
+        return {"layer": unit, "submodule": submodule}
+    return {"layer": None, "submodule": unit}
+
+
+def common(ours: Step, theirs: Step) -> list[str]:
+    """The submodules that both sides show in the same shape, in the order in which the target runs them."""
+    return [n for n, v in theirs.points.items() if n in ours.points and ours.points[n].shape == v.shape]
+
+
+def _pair(name: str, theirs: Step, ours: Step) -> tuple[Tensor, Tensor]:
+    """A point of both sides. Rotated channels of a head may lie in another order, so they are sorted."""
+    pair = theirs.points[name], ours.points[name]
+    return (pair[0].sort(-1)[0], pair[1].sort(-1)[0]) if name in (QUERY, KEY) else pair
+
+
+def _named(ours: Step, theirs: Step, atol: float) -> dict[str, Any]:
+    """The first submodule of a unit that departs; 'output' where none does by itself."""
+    for point in common(ours, theirs):
+        found = difference(*_pair(point, theirs, ours))
+        if departs(found, atol):
+            return {**_where(ours.unit, point), **found, **_experts(point, ours, theirs, atol)}
+    alone = theirs.outputs.get(ISOLATED, theirs.outputs[CHAINED])
+    return {**_where(ours.unit, "output"), **difference(alone, ours.outputs[CHAINED])}
+
+
+def _experts(point: str, ours: Step, theirs: Step, atol: float) -> dict[str, Any]:
+    """Experts that every departing token goes to and no other token, where the router chose alike."""
+    if point != "mlp" or CHOICE not in theirs.points:
+        return {}
+    found, expected, chosen = (
+        theirs.points[point],
+        ours.points[point],
+        theirs.points[CHOICE] > 0,
+    )  # [b, s, h], [b, s, e]
+    apart = ~((found - expected).abs().amax(-1) <= atol * max(1.0, expected.abs().max().item()))  # [b, s]
+    share = (chosen & apart[..., None]).sum((0, 1)) / apart.sum()
+    return {"experts": [int(n) for n in (share == 1).nonzero().flatten()]}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """bf16: for each unit, relative L2 distances; streams are ways of rounding on megatron-core."""
+
+    units: list[Unit]
+    reference: list[float]  # the reference's own bf16 from its fp32
+    target: list[float]  # the target's bf16 from the reference's fp32
+    floor: list[float]  # the reference's bf16 from itself with another order of summation (empty: not to be had)
+    from_reference: dict[str, list[float]]  # stream -> distance from the reference's bf16
+    from_truth: dict[str, list[float]]  # stream -> distance from the reference's fp32
+
+    @property
+    def ratios(self) -> list[float]:
+        """target / reference for each unit."""
+        return [_ratio(ours, own) if ours else 0.0 for ours, own in zip(self.target, self.reference, strict=True)]
+
+
+def errors(truth: Engine, own: Engine, target: Engine) -> Errors:
+    """Run the reference in fp32 and bf16 and the target in bf16, with its streams, in step."""
+    made = Errors([], [], [], [], {}, {})
+    for exact, rounded, found in in_step([truth, own, target]):
+        if exact.input is None:
+            continue  # the embedding only looks up
+        expected, mine = exact.outputs[CHAINED], rounded.outputs[CHAINED]
+        made.units.append(exact.unit)
+        made.reference.append(difference(mine, expected)["relative_l2"])
+        if PLAIN in rounded.outputs:
+            made.floor.append(difference(rounded.outputs[PLAIN], mine)["relative_l2"])
+        for stream in (CHAINED, *target.streams):
+            out = found.outputs[stream]
+            made.from_reference.setdefault(stream, []).append(difference(out, mine)["relative_l2"])
+            made.from_truth.setdefault(stream, []).append(difference(out, expected)["relative_l2"])
+        made.target.append(made.from_truth[CHAINED][-1])
+        log.info(
+            "%s: error %.2e, of the reference's own bf16 %.2e, ratio %.2f",
+            *(name(exact.unit), made.target[-1], made.reference[-1], made.ratios[-1]),
+        )
+    return made
