@@ -23,7 +23,8 @@ S, B, N, G, D = 12, 2, 4, 2, 8
 
 
 def module(dtype: torch.dtype = torch.float64, **changes: Any) -> attention.SdpaAttention:
-    fields = {"context_parallel_size": 1, "kv_channels": D, "attention_dropout": 0.0, "params_dtype": dtype} | changes
+    fields = {"context_parallel_size": 1, "kv_channels": D, "attention_dropout": 0.0, "params_dtype": dtype}
+    fields |= {"window_size": None, "window_attn_skip_freq": None} | changes
     groups = SimpleNamespace(tp=None, cp=None)
     return attention.SdpaAttention(SimpleNamespace(**fields), 1, AttnMaskType.causal, "self", pg_collection=groups)
 
@@ -34,7 +35,7 @@ def inputs(length: int = S, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+def written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, one head at a time."""
     out = torch.empty_like(q)
     for b, n in itertools.product(range(q.shape[1]), range(N)):
@@ -42,6 +43,8 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
         scores = q[:, b, n] @ k[:, b, g].T / math.sqrt(D)
         if causal:
             scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+        if window is not None:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).tril(-window), -math.inf)
         out[:, b, n] = scores.softmax(-1) @ v[:, b, g]
     return out.flatten(2)
 
@@ -59,6 +62,30 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor(bounds), cu_seqlens_kv=torch.tensor(bounds))
     found = module()(q[:, 0], k[:, 0], v[:, 0], packed_seq_params=packed)
     alone = [written_out(q[a:b], k[a:b], v[a:b])[:, 0] for a, b in itertools.pairwise(bounds)]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 5, 300, 301, 400])
+def test_a_window_hides_what_lies_further_back(window: int) -> None:
+    made = module(window_size=(window - 1, 0))
+    found = made(*inputs(301))  # longer than the blocks that are attended at once
+    torch.testing.assert_close(found, written_out(*inputs(301), window=window), rtol=0, atol=1e-12)
+    flash = module(window_size=(window - 1, 0))
+    flash.flash = as_flash_attn
+    torch.testing.assert_close(flash(*inputs(301)), found, rtol=0, atol=1e-12)
+
+
+def test_layers_without_a_window_see_everything() -> None:
+    made = module(window_size=(2, 0), window_attn_skip_freq=[0, 1, 1, 1])
+    torch.testing.assert_close(made(*inputs()), written_out(*inputs()), rtol=0, atol=1e-12)
+
+
+def test_packed_sequences_have_windows() -> None:
+    q, k, v = (x[:, :1] for x in inputs())
+    bounds = torch.tensor([0, 5, S])
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    found = module(window_size=(1, 0))(q[:, 0], k[:, 0], v[:, 0], packed_seq_params=packed)
+    alone = [written_out(q[a:b], k[a:b], v[a:b], window=2)[:, 0] for a, b in itertools.pairwise(bounds.tolist())]
     torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-12)
 
 
@@ -83,10 +110,21 @@ def test_dropout_drops_only_in_training() -> None:
         assert not torch.allclose(made(*inputs()), written_out(*inputs()))
 
 
-def as_flash_attn(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, softmax_scale: float, causal: bool) -> Tensor:
-    """flash-attn's interface [b, s, n, d], by other means."""
+def as_flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """flash-attn's interface [b, s, n, d], by other means; a window is (keys before, keys after), -1: all."""
     assert (dropout_p, softmax_scale) == (0.0, 1 / math.sqrt(D))
-    return written_out(*(x.transpose(0, 1) for x in (q, k, v)), causal=causal).unflatten(2, (N, D)).transpose(0, 1)
+    window = None if window_size == (-1, -1) else window_size[0] + 1
+    out = written_out(*(x.transpose(0, 1) for x in (q, k, v)), causal=causal, window=window)
+    return out.unflatten(2, (N, D)).transpose(0, 1)
 
 
 def test_flash_attn_is_called_as_its_interface_says_and_only_in_half_precision() -> None:

@@ -1,11 +1,11 @@
-"""Core attention through flash-attn or PyTorch's scaled_dot_product_attention: grouped, context parallel, packed.
+"""Core attention through flash-attn or PyTorch's scaled_dot_product_attention: grouped, windowed, packed, in CP pieces.
 
 Takes the place of megatron-core's unfused DotProductAttention, which builds the [s, s] scores and knows none of these.
 Shape letters: s sequence, b batch, n query heads of this process, g key-value heads of this process, d head size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -18,9 +18,12 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megapatch.models import device
+
+_BLOCK = 128  # queries of a window attended at once, at least
 
 
 def flash_function() -> Callable[..., Tensor] | None:
@@ -30,6 +33,31 @@ def flash_function() -> Callable[..., Tensor] | None:
     from flash_attn import flash_attn_func
 
     return flash_attn_func
+
+
+def window_of(config: TransformerConfig, layer_number: int) -> int | None:
+    """How many keys a query of this layer sees, its own included; None: all that came before."""
+    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq or None, layer_number):
+        return None
+    assert config.window_size is not None and config.window_size[1] == 0, "windows are of keys that came before"
+    return config.window_size[0] + 1
+
+
+def visible_keys(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Places of queries [..., s, 1] and of keys [t] -> [..., s, t], True where the query sees the key."""
+    seen = keys <= queries
+    return seen if window is None else seen & (queries - keys < window)
+
+
+def blocks(length: int, window: int | None, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Queries, the keys that these see, and which of them see which; None: causal. The queries are all in order."""
+    if window is None or length <= window:
+        yield slice(length), slice(length), None
+        return
+    places, size = torch.arange(length, device=device), max(window, _BLOCK)
+    for start in range(0, length, size):
+        queries, keys = slice(start, start + size), slice(max(0, start - window + 1), start + size)
+        yield queries, keys, visible_keys(places[queries, None], places[keys], window)
 
 
 class SdpaAttention(MegatronModule):
@@ -50,8 +78,10 @@ class SdpaAttention(MegatronModule):
         super().__init__(config=config)
         assert attention_type == "self", "cross attention comes with encoder-decoder models"
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.tp_group = groups.tp
         self.cp_group = groups.cp if config.context_parallel_size > 1 else None
         self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
+        self.window = window_of(config, layer_number)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.flash = flash_function() if config.params_dtype != torch.float32 else None
 
@@ -74,11 +104,21 @@ class SdpaAttention(MegatronModule):
             return self._packed(query, key, value, packed_seq_params)
         if self.cp_group is not None:
             return self._context_parallel(query, key, value)
-        visible = None
+        if attn_mask_type == AttnMaskType.no_mask:
+            return self._attend(query, key, value, None, False).flatten(2)
         if attn_mask_type == AttnMaskType.arbitrary and attention_mask is not None:
-            visible = ~attention_mask
-        causal = visible is None and attn_mask_type != AttnMaskType.no_mask
-        return self._attend(query, key, value, visible, causal).flatten(2)
+            assert self.window is None, "a mask of its own with windows is not supported"
+            return self._attend(query, key, value, ~attention_mask, False).flatten(2)
+        return self._causal(query, key, value).flatten(2)
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d]"""
+        window = None if self.flash is not None else self.window  # flash-attn knows windows itself
+        out = [
+            self._attend(q[queries], k[keys], v[keys], visible, visible is None)
+            for queries, keys, visible in blocks(q.shape[0], window, q.device)
+        ]
+        return out[0] if len(out) == 1 else torch.cat(out)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
         """q [s, b, n, d], k and v [t, b, g, d] -> [s, b, n, d]"""
@@ -86,7 +126,8 @@ class SdpaAttention(MegatronModule):
         with get_cuda_rng_tracker().fork() if dropout else nullcontext():
             if self.flash is not None and visible is None:
                 q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [s, b, n, d] -> [b, s, n, d]
-                out = self.flash(q, k, v, dropout_p=dropout, softmax_scale=self.scale, causal=causal)
+                sides = (-1, -1) if self.window is None or not causal else (self.window - 1, 0)
+                out = self.flash(q, k, v, dropout_p=dropout, softmax_scale=self.scale, causal=causal, window_size=sides)
                 return out.transpose(0, 1)
             q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [s, b, n, d] -> [b, n, s, d]
             out = F.scaled_dot_product_attention(
@@ -105,10 +146,7 @@ class SdpaAttention(MegatronModule):
         """[s, n, d] -> [s, n*d]: each packed sequence attends to itself."""
         assert self.cp_group is None, "packed sequences with context parallelism are not supported"
         bounds = packed.cu_seqlens_q.tolist()
-        out = [
-            self._attend(query[a:b, None], key[a:b, None], value[a:b, None], None, True)[:, 0]
-            for a, b in pairwise(bounds)
-        ]
+        out = [self._causal(query[a:b, None], key[a:b, None], value[a:b, None])[:, 0] for a, b in pairwise(bounds)]
         return torch.cat(out).flatten(1)
 
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -117,11 +155,13 @@ class SdpaAttention(MegatronModule):
         size, rank = self.cp_group.size(), self.cp_group.rank()
         key, value = (_gather_sequence(x, self.cp_group) for x in (key, value))
         half = query.shape[0] // 2
+        places = torch.arange(key.shape[0], device=query.device)
         out = []
         for piece, number in zip(query.split(half), (rank, 2 * size - 1 - rank), strict=True):
-            end = (number + 1) * half  # a query sees the keys up to its own place: causal, aligned lower right
-            visible = torch.ones(half, end, dtype=torch.bool, device=query.device).tril(end - half)
-            out.append(self._attend(piece, key[:end], value[:end], visible, causal=False))
+            start, end = number * half, (number + 1) * half
+            first = 0 if self.window is None else max(0, start - self.window + 1)
+            visible = visible_keys(places[start:end, None], places[first:end], self.window)
+            out.append(self._attend(piece, key[first:end], value[first:end], visible, causal=False))
         return torch.cat(out).flatten(2)
 
 

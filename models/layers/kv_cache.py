@@ -16,6 +16,9 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megapatch.models.layers.alibi import AlibiAttention
+from megapatch.models.layers.attention import blocks, visible_keys, window_of
+
 _GROWTH = 1.5
 
 
@@ -29,6 +32,7 @@ class KeyValueCache(BaseInferenceContext):
         self.slots, self.device, self.multiple = slots, device, multiple
         self.capacity = 0  # positions that the buffers have room for
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer number -> keys, values [slots, g, capacity, d]
+        self.masks: dict[int | None, Tensor] = {}  # by the number of keys that a token sees
         self._rotary: Tensor | None = None
 
     def is_static_batching(self) -> bool:
@@ -46,18 +50,21 @@ class KeyValueCache(BaseInferenceContext):
         return self._announce(positions, torch.tensor(lengths).cumsum(0) - 1, max(lengths))
 
     def decode(self, lengths: Sequence[int]) -> Tensor:
-        """Announce one token for each of the first slots, which hold ``lengths`` positions; returns positions [1, t].
-
-        Attention needs a mask because lengths differ: [r, 1, 1, m], 0 or -inf.
-        """
+        """Announce one token for each of the first slots, which hold ``lengths`` positions; returns positions."""
         self.decoding, self.rows = True, list(range(len(lengths)))
         positions = torch.tensor(lengths)
         places = self._announce(positions, torch.arange(len(lengths)), max(lengths) + 1)
         self.at = positions.to(self.device)
-        visible = torch.arange(max(lengths) + 1) <= positions[:, None]
-        self.mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)[:, None, None].to(self.device)
+        self.length, self.masks = max(lengths) + 1, {}
         self.index = torch.arange(len(lengths), device=self.device)
         return places
+
+    def mask(self, window: int | None) -> Tensor:
+        """Which positions a decoded token sees, since lengths differ: [r, 1, 1, m], 0 or -inf."""
+        if window not in self.masks:
+            visible = visible_keys(self.at[:, None], torch.arange(self.length, device=self.device), window)
+            self.masks[window] = torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)
+        return self.masks[window][:, None, None]
 
     def _announce(self, positions: Tensor, last: Tensor, room: int) -> Tensor:
         self.num_tokens, self._rotary = len(positions), None
@@ -91,40 +98,52 @@ class KeyValueCache(BaseInferenceContext):
             self._rotary = table[self.positions]
         return self._rotary
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """q [t, 1, n, d], k and v [t, 1, g, d] -> [t, 1, n*d]: remember k and v, and attend to all that came before."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        """q [t, 1, n, d], k and v [t, 1, g, d] -> [t, 1, n*d]: remember k and v, and attend to what came before."""
         q, k, v = (x[: self.num_tokens, 0] for x in (query, key, value))
         if layer not in self.layers:
             shape = self.slots, k.shape[1], self.capacity, k.shape[2]
             self.layers[layer] = k.new_zeros(shape), v.new_zeros((*shape[:3], v.shape[2]))
         attend = self._decode if self.decoding else self._prefill
-        out = attend(*self.layers[layer], q, k, v, scale)
+        out = attend(*self.layers[layer], q, k, v, scale, window)
         return F.pad(out, (0, 0, 0, len(self.positions) - self.num_tokens))[:, None]
 
-    def _decode(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def _decode(
+        self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
         """q [r, n, d] -> [r, n*d]; the query heads of a key-value head are its rows: no copies of keys."""
         keys[self.index, :, self.at], values[self.index, :, self.at] = k, v
         rows, heads, size = k.shape
-        length = self.mask.shape[-1]
         out = F.scaled_dot_product_attention(
             q.reshape(rows, heads, -1, size),  # [r, g, n/g, d]
-            keys[:rows, :, :length],
-            values[:rows, :, :length],
-            attn_mask=self.mask.to(q.dtype),
+            keys[:rows, :, : self.length],
+            values[:rows, :, : self.length],
+            attn_mask=self.mask(window).to(q.dtype),
             scale=scale,
         )
         return out.flatten(1)
 
-    def _prefill(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def _prefill(
+        self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
         """q [t, n, d] -> [t, n*d], each prompt by itself."""
         outs = []
         for slot, *prompt in zip(self.rows, *(x.split(self.lengths) for x in (q, k, v)), strict=True):
             one_q, one_k, one_v = (x.transpose(0, 1)[None] for x in prompt)  # [s, n, d] -> [1, n, s, d]
             keys[slot, :, : one_k.shape[2]], values[slot, :, : one_v.shape[2]] = one_k[0], one_v[0]
-            out = F.scaled_dot_product_attention(
-                one_q, one_k, one_v, is_causal=True, scale=scale, enable_gqa=one_q.shape[1] != one_k.shape[1]
-            )
-            outs.append(out[0].transpose(0, 1).flatten(1))
+            for queries, seen, visible in blocks(one_q.shape[2], window, one_q.device):
+                out = F.scaled_dot_product_attention(
+                    one_q[:, :, queries],
+                    one_k[:, :, seen],
+                    one_v[:, :, seen],
+                    attn_mask=visible,
+                    is_causal=visible is None,
+                    scale=scale,
+                    enable_gqa=one_q.shape[1] != one_k.shape[1],
+                )
+                outs.append(out[0].transpose(0, 1).flatten(1))
         return torch.cat(outs)
 
 
@@ -152,4 +171,8 @@ class CachedSelfAttention(SelfAttention):
                 for x in (query, key)
             )
         scale = self.config.softmax_scale or self.hidden_size_per_attention_head**-0.5
-        return self.linear_proj(inference_context.attend(self.layer_number, query, key, value, scale))
+        window, alibi = window_of(self.config, self.layer_number), isinstance(self.core_attention, AlibiAttention)
+        if alibi:
+            query, key, value = self.core_attention.with_places(query, key, value, inference_context.positions)
+        out = inference_context.attend(self.layer_number, query, key, value, scale, window)
+        return self.linear_proj(self.core_attention.without_places(out) if alibi else out)
