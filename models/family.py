@@ -50,6 +50,12 @@ TINY: dict[str, Any] = {  # a model that fits a test: 4 layers, 4 heads of 8
 }
 
 
+def written_rope(hf: HfConfig) -> dict[str, Any]:
+    """RoPE parameters from either spelling: rope_parameters, or rope_theta with rope_scaling."""
+    old = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
+    return dict(hf.get("rope_parameters") or old)
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture. ``reads`` and ``fixed`` add to READS and FIXED above."""
@@ -64,6 +70,7 @@ class Family:
     max_positions: Source = "max_position_embeddings"  # may give None: no limit
     tied: bool = False  # whether the output layer is the embedding when config.json does not say
     positions: Source = lambda hf: "rope"  # rope, learned_absolute or none
+    rope: Callable[[HfConfig], dict[str, Any]] = written_rope  # parameters of the rotary embedding
     rotary_dim: Source = lambda hf: _read(hf, _head_size(hf))  # of each head; the other dimensions are not rotated
     windows: bool = False  # whether sliding-window attention is supported
     modules: Callable[[HfConfig], Mapping[str, str]] = lambda hf: {}  # slot of layers.spec.Modules <- "module:name"
@@ -161,9 +168,8 @@ def refuse_windows(hf: HfConfig) -> None:
 
 
 def rope(hf: HfConfig) -> dict[str, Any]:
-    """RoPE parameters from either spelling: rope_parameters, or rope_theta with rope_scaling."""
-    old = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
-    parameters = dict(hf.get("rope_parameters") or old)
+    """RoPE parameters as transformers 5 names them; a kind that is not supported is a UserError."""
+    parameters = find(hf).rope(hf)
     kind = parameters.setdefault("rope_type", parameters.pop("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UserError(f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3")
