@@ -15,10 +15,12 @@ from megapatch.models.cli import Common, UserError, opt, run
 from megapatch.models.commit import verify
 from megapatch.models.parallel import Parallel
 from megapatch.tools.convert import to_core, to_hf, to_legacy
+from megapatch.tools.convert.compare import compare
 from megapatch.tools.convert.from_core import CoreSource
 from megapatch.tools.convert.from_hf import HfSource
 from megapatch.tools.convert.from_legacy import LegacySource
 from megapatch.tools.convert.plan import Plan
+from megapatch.tools.convert.progress import Progress
 from megapatch.tools.convert.ranks import ranks_of
 from megapatch.tools.convert.source import Source, kind_of
 from megapatch.tools.convert.write import write
@@ -29,6 +31,7 @@ EXAMPLES = """examples:
   mp-convert --source runs/sft --target Qwen3-0.6B-sft      # the newest checkpoint of a run, as a Hugging Face folder
   mp-convert --source qwen3-core --target qwen3-mp --to legacy --tp 2 --pp 2   # one file for each rank
   mp-convert --source DeepSeek-V3 --target v3-core --chunk tp=8,pp=4,ep=8      # FP8 to bf16, cut for this layout
+  mp-convert --source Qwen3-0.6B --target qwen3-core --verify      # it exists by now: compared, tensor by tensor
   mp-convert --source qwen3-core --target /tmp/x --dry-run | head   # what would be copied from where
 """
 
@@ -89,6 +92,11 @@ class Options(Common):
     dry_run: bool = opt(
         "print the plan as JSON lines (bytes of each target file, and where from); write nothing", False
     )
+    verify: bool = opt(
+        "read source and target again and compare them by the plan, after writing or, where the target exists, "
+        "instead: exit status 1 names the first tensor that departs",
+        False,
+    )
     force: bool = opt("replace the target if it exists", False)
 
     def __post_init__(self) -> None:
@@ -98,6 +106,8 @@ class Options(Common):
             shard_bytes(self.max_shard_size)
         if self.chunk is not None:
             chunk_layout(self.chunk)
+        if self.verify and self.dry_run:
+            raise ValueError("--verify: not with --dry-run, which neither writes nor reads weights")
         self.layout()
         if (self.make_vocab_size_divisible_by or 1) < 1:
             raise ValueError("--make-vocab-size-divisible-by must be 1 or more")
@@ -161,9 +171,13 @@ def convert(options: Options) -> None:
     if options.dry_run:
         sys.stdout.writelines(json.dumps(line) + "\n" for line in plan.lines())
         return
-    about = {"source": str(options.source), "dtype": options.dtype}
-    name_it = (lambda: None) if to == "hf" else lambda: core_files.write_tracker(root, core_files.RELEASE)
-    write(plan, target, root=root, force=options.force, jobs=options.jobs, about=about, name_it=name_it)
+    if not options.verify or options.force or not any(target.glob("*")):
+        about = {"source": str(options.source), "dtype": options.dtype}
+        name_it = (lambda: None) if to == "hf" else lambda: core_files.write_tracker(root, core_files.RELEASE)
+        write(plan, target, root=root, force=options.force, jobs=options.jobs, about=about, name_it=name_it)
+    if options.verify:
+        with Progress(sum(entry.size for entry in plan.entries)) as progress:
+            compare(plan, target, options.jobs, progress.add)
     print(target)
 
 
