@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from megapatch.models import safe_pickle
 from megapatch.models.core_files import BACKEND, COMMON, METADATA
 from megapatch.models.safe_pickle import Call, Global
-from megapatch.models.torch_save import object_blob, tensor_blob
+from megapatch.models.torch_write import object_blob, tensor_blob
 
 _DCP = "torch.distributed.checkpoint."
 _METADATA, _TENSOR, _CHUNK, _PROPERTIES, _OBJECT, _INDEX = (

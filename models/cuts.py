@@ -43,10 +43,13 @@ class Region(NamedTuple):
     columns: int
 
 
-def cut_of(core: str, gated: bool) -> str:
-    """How the weight of this name is cut; ``gated``: whether the model's MLP is (UserError: not in the table)."""
+def cut_of(core: str, gated: bool, size: int) -> str:
+    """How the weight of this name is cut for ``size`` ranks; ``gated``: whether the model's MLP is.
+
+    What is cut, but is not in the table, is a UserError.
+    """
     name = ".".join(core.split(".")[-2:])
-    if name not in CUTS and not name.endswith(_NORMS):
+    if size > 1 and name not in CUTS and not name.endswith(_NORMS):
         raise UserError(f"{core}: no rule says how tensor parallelism cuts this weight; add it to models/cuts.py")
     cut = CUTS.get(name, WHOLE)
     return ROWS if cut == HALVES and not gated else cut
@@ -55,7 +58,7 @@ def cut_of(core: str, gated: bool) -> str:
 def regions(cut: str, rows: int, columns: int, rank: int, size: int) -> list[Region]:
     """The regions of a weight that a rank holds, one below the other; ``rows`` padded for VOCABULARY."""
     length = columns if cut == COLUMNS else rows // 2 if cut == HALVES else rows
-    if cut == WHOLE or size == 1:
+    if cut == WHOLE:
         return [Region(0, 0, rows, columns)]
     if length % size:
         raise UserError(f"tensor parallelism {size} does not divide the {length} {cut} of a weight")

@@ -43,12 +43,14 @@ def finite(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
 
 @st.composite
 def rectangles(draw) -> tuple[Copy, torch.Tensor, dict[str, bytes]]:
-    """A copy of columns of several matrices, the tensor it should give, and what its source files hold."""
+    """A copy of columns of several matrices (stacked and transposed, or joined), what it should give, its files."""
     read, write = draw(st.sampled_from(FLOATS)), draw(st.sampled_from(FLOATS))
     transposed, rows = draw(st.booleans()), draw(st.integers(1, 40))
     parts, columns, files = [], [], {}
-    for n in range(1 if transposed else draw(st.integers(1, 3))):
+    common = draw(st.integers(1, 30))
+    for n in range(draw(st.integers(1, 3))):
         before, width, after = (draw(st.integers(low, 30)) for low in (0, 1, 0))
+        width = common if transposed else width
         whole = finite((rows, before + width + after), read, draw(st.integers(0, 99)))
         item, lead = ITEM_BYTES[read], draw(st.integers(0, 9))  # the file's header need not be aligned
         files[f"s{n}"] = b"x" * lead + bits(whole)
@@ -56,7 +58,7 @@ def rectangles(draw) -> tuple[Copy, torch.Tensor, dict[str, bytes]]:
         parts.append(Part(Path(f"s{n}"), lead + before * item, width, pitch))
         columns.append(whole[:, before : before + width])
     copy = Copy("w", "f", 0, tuple(parts), rows, read, write, transposed)
-    joined = torch.cat(columns, 1).to(getattr(torch, write))
+    joined = torch.cat(columns, 0 if transposed else 1).to(getattr(torch, write))
     return copy, joined.T if transposed else joined, files
 
 
@@ -79,7 +81,7 @@ def test_any_rectangle_transposed_joined_or_cast_is_what_torch_gives(tmp_path_fa
 @given(rectangles(), st.integers(1, 90))
 def test_tiles_cover_a_copy_once_in_the_order_of_the_target_and_fit(made, most):
     copy = made[0]
-    numbers = torch.arange(copy.rows * copy.items).reshape(copy.rows, copy.items)
+    numbers = torch.arange(copy.rows * copy.items).reshape(copy.stored)
     found = []
     for tile in tiles.tiles(copy, most):
         part = numbers[tile.row : tile.row + tile.rows, tile.column : tile.column + tile.columns]

@@ -7,7 +7,7 @@ from math import prod
 import pytest
 import torch
 
-from megapatch.models import torch_save
+from megapatch.models import torch_save, torch_write
 from megapatch.models.cli import UserError
 
 FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
@@ -17,7 +17,7 @@ FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3), (1, 1, 4, 5), (0, 3)])
 def test_a_blob_filled_with_data_is_what_torch_saved(dtype, shape):
     tensor = torch.randn(shape).to(dtype)
-    blob = torch_save.tensor_blob(FLOATS[dtype], shape)
+    blob = torch_write.tensor_blob(FLOATS[dtype], shape)
     made = bytearray(blob.size)
     for at, data in (*blob.parts, (blob.data_offset, tensor.reshape(-1).view(torch.uint8).numpy().tobytes())):
         made[at : at + len(data)] = data
@@ -29,7 +29,7 @@ def test_a_blob_filled_with_data_is_what_torch_saved(dtype, shape):
 
 def test_blobs_of_more_than_4_gib_load(tmp_path):
     shape = (1100, 1000, 1000)
-    blob = torch_save.tensor_blob("float32", shape)
+    blob = torch_write.tensor_blob("float32", shape)
     with (tmp_path / "big").open("wb") as file:
         for at, data in blob.parts:
             file.seek(at)
@@ -119,6 +119,6 @@ def test_a_blob_cut_short_is_told(length):
 
 def test_plain_values_are_written_as_torch_reads_them():
     value = {"a": [1, 2.5, None, True, "ü", (1, (2,)), {}], "b": {"c": -(1 << 40)}}
-    data = torch_save.object_blob(value)
+    data = torch_write.object_blob(value)
     assert torch.load(io.BytesIO(data), weights_only=True) == value
     assert torch_save.Archive(io.BytesIO(data), 0, len(data), "x").value() == value

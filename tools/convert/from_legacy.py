@@ -45,9 +45,13 @@ class LegacySource:
     def weight(self, placed: Placed) -> Matrix:
         """A core weight, made of what the ranks hold of it."""
         (rows, *rest), _ = self.model.layout.packed(placed)
-        found = [r for place, name, rank in self._found[placed] for r in self._rectangles(placed, place, name, rank)]
+        found: dict[tuple[int, ...], Rectangle] = {}  # one of several ranks that hold the same
+        for place, name, rank in self._found[placed]:
+            for part in self._rectangles(placed, place, name, rank):
+                found.setdefault(part[:4], part)
         origin = f"{self.folder}: the ranks' parts of {core_names.full(placed)}"
-        return Matrix(origin, rows, prod(rest), tuple(dict.fromkeys(found))).take([Region(0, 0, rows, prod(rest))])
+        stored = max(part.row + part.rows for part in found.values())  # with what pads the vocabulary
+        return Matrix(origin, stored, prod(rest), tuple(found.values())).take([Region(0, 0, rows, prod(rest))])
 
     def _stages_of(self) -> Stages:
         """How many layers each chunk of each stage has."""
@@ -113,9 +117,9 @@ class LegacySource:
         rows, columns = shape
         size = self.tp if "{e}" not in core else max(1, rows * columns // max(1, count))
         padded = core in core_names.PADDED
-        if (count == rows * columns and not padded) or (self.tp == 1 and not padded):
+        if count == rows * columns and not padded:
             return [Region(0, 0, rows, columns)]
-        cut = cut_of(core, self._gated)
+        cut = cut_of(core, self._gated, size)
         rows = count // columns * size if cut == VOCABULARY else rows
         return regions(cut, rows, columns, rank.tensor % size, size)
 

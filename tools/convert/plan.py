@@ -78,6 +78,18 @@ class Copy(NamedTuple):
         return sum(part.items for part in self.parts)
 
     @property
+    def stored(self) -> tuple[int, int]:
+        """Rows and columns of the parts together, as they are stored."""
+        return (self.rows * len(self.parts), self.parts[0].items) if self.transposed else (self.rows, self.items)
+
+    def places(self) -> Iterator[tuple[Part, int, int]]:
+        """Each part, and the row and the column where it starts among them."""
+        column = 0
+        for n, part in enumerate(self.parts):
+            yield (part, n * self.rows, 0) if self.transposed else (part, 0, column)
+            column += part.items
+
+    @property
     def size(self) -> int:
         """Bytes in the target."""
         return self.rows * self.items * ITEM_BYTES[self.write]

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from math import lcm
 from typing import NamedTuple
 
-from megapatch.models import core_names
 from megapatch.models.cuts import TE_WHOLE, VOCABULARY, WHOLE, Region, cut_of, padded_vocabulary, regions
 from megapatch.models.family import HfConfig, find, tied_embeddings, vocab_size
 from megapatch.models.parallel import Parallel
@@ -48,7 +47,7 @@ class Ranks:
         """What a rank holds of a weight, one below the other; beyond the vocabulary it is padding."""
         expert = "{e}" in core
         size, rank = (self.etp, member.expert_tensor) if expert else (self.tp, member.tensor)
-        cut = cut_of(core, self.gated) if size > 1 or core in core_names.PADDED else WHOLE
+        cut = cut_of(core, self.gated, size)
         if self.spec == "te" and core.endswith(TE_WHOLE):
             cut = WHOLE
         return regions(cut, self.vocabulary if cut == VOCABULARY else rows, columns, rank, size)

@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 def tiles(copy: Copy, most_items: int) -> Iterator[Tile]:
     """The copy cut into tiles of at most ``most_items`` items which, in this order, fill the target's range."""
-    outer, inner = (copy.items, copy.rows) if copy.transposed else (copy.rows, copy.items)
+    outer, inner = copy.stored[::-1] if copy.transposed else copy.stored
     high, wide = max(1, most_items // max(1, inner)), max(1, min(inner, most_items))
     for top in range(0, outer, high):
         for left in range(0, inner, wide):
@@ -112,14 +112,16 @@ class Reader:
         import numpy as np
 
         item = ITEM_BYTES[copy.read]
-        made, start = np.empty((tile.rows, tile.columns * item), np.uint8), 0  # start: first column of the part
-        for part in copy.parts:
-            first, end = max(tile.column, start), min(tile.column + tile.columns, start + part.items)
-            if first < end:
+        made = np.empty((tile.rows, tile.columns * item), np.uint8)
+        for part, top, left in copy.places():
+            row, last = max(tile.row, top), min(tile.row + tile.rows, top + copy.rows)
+            column, end = max(tile.column, left), min(tile.column + tile.columns, left + part.items)
+            if row < last and column < end:
                 pitch = _pitch(part, copy.read)
-                into = made[:, (first - tile.column) * item : (end - tile.column) * item]
-                self._fill(into, part.source, part.offset + tile.row * pitch + (first - start) * item, pitch)
-            start += part.items
+                into = made[
+                    row - tile.row : last - tile.row, (column - tile.column) * item : (end - tile.column) * item
+                ]
+                self._fill(into, part.source, part.offset + (row - top) * pitch + (column - left) * item, pitch)
         return made
 
     def _fill(self, into: "ndarray", path: Path, offset: int, pitch: int) -> None:

@@ -14,7 +14,8 @@ from megapatch.models.legacy_files import Rank
 from megapatch.models.rules import Placed
 from megapatch.models.safe_pickle import Call
 from megapatch.models.stages import OUTPUT, Place
-from megapatch.models.torch_save import ITEM_BYTES, Tensors
+from megapatch.models.torch_save import ITEM_BYTES
+from megapatch.models.torch_write import Tensors
 from megapatch.tools.convert.legacy_args import arguments
 from megapatch.tools.convert.matrix import Matrix
 from megapatch.tools.convert.plan import Entry, Literal, Plan

@@ -1,0 +1,177 @@
+"""Compares checkpoints with megatron-core's own models at a layout, and saves as Megatron-LM does; under torchrun.
+
+    torchrun --nproc-per-node 4 tests/rank_worker.py cases.json
+
+cases.json: [{"hf": folder, "layout": {option: value}, "core": torch_dist checkpoint to load, "chunked": another of the
+same weights, "exact": whether its chunks are those of this layout, "legacy": checkpoint of this layout to compare,
+"saved": where this process's ranks save their files, "args": whether with options and training state, "apart": where
+dist_checkpointing.save puts one with singleton_local_shards}].
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megapatch.models import device, family, parallel
+
+Chunks = list[dict[str, Any]]
+
+
+def oracle(hf: dict[str, Any], options: parallel.Parallel, found: device.Device, core: Path) -> Chunks:
+    """The state_dict of each chunk of this rank, of weights that unmodified dist_checkpointing.load read."""
+    from megapatch.models.build import ModelOptions, build
+    from megapatch.models.load import load_core
+
+    device.seed_everything(dist.get_rank(), 0)
+    chunks = build(hf, ModelOptions(options, found))
+    load_core(chunks, core)
+    return [chunk.state_dict() for chunk in chunks]
+
+
+def own_models(hf: dict[str, Any], options: parallel.Parallel, found: device.Device) -> list[torch.nn.Module]:
+    """The chunks of this rank as megatron-core's own local specification builds them."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    from megapatch.models.build import ModelOptions, padded_vocabulary, transformer_config
+
+    config = replace(transformer_config(hf, ModelOptions(options, found)), sequence_parallel=False)
+    made = []
+    for stage in range(options.vpp) if options.vpp else [None]:
+        made.append(
+            GPTModel(
+                config,
+                get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage),
+                vocab_size=padded_vocabulary(hf["vocab_size"], options.tp),
+                max_sequence_length=64,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                share_embeddings_and_output_weights=family.tied_embeddings(hf),
+                position_embedding_type="rope",
+                vp_stage=stage,
+            )
+        )
+    return made
+
+
+def file_of(folder: Path) -> Path:
+    """The file of this rank, by Megatron-LM's rule for its name."""
+    from megatron.core import parallel_state as state
+
+    name = f"mp_rank_{state.get_tensor_model_parallel_rank():02d}"
+    if state.get_pipeline_model_parallel_world_size() > 1:
+        name += f"_{state.get_pipeline_model_parallel_rank():03d}"
+    if state.get_expert_model_parallel_world_size() > 1:
+        name += f"_{state.get_expert_model_parallel_rank():03d}"
+    return folder / name / "model_optim_rng.pt"
+
+
+def keys(count: int) -> list[str]:
+    return ["model"] if count == 1 else [f"model{n}" for n in range(count)]
+
+
+def weights(state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, value) for name, value in state.items() if not name.endswith("_extra_state"))
+
+
+def compare(state: dict[str, Any], expected: Chunks, case: dict[str, Any]) -> None:
+    """A rank's file holds what core holds; the rows that pad the vocabulary are zero there."""
+    args, vocabulary = state["args"], json.loads((Path(case["hf"]) / "config.json").read_text())["vocab_size"]
+    assert state["checkpoint_version"] == 3.0 and state["iteration"] == 0
+    assert args.tensor_model_parallel_size == case["layout"].get("tp", 1)
+    for key, chunk in zip(keys(len(expected)), expected, strict=True):
+        assert state[key].keys() == chunk.keys(), set(state[key]) ^ set(chunk)
+        for name, tensor in weights(chunk):
+            found = state[key][name]
+            assert found.shape == tensor.shape and found.dtype == tensor.dtype, (name, found.shape, tensor.shape)
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                rank = torch.distributed.get_rank() % args.tensor_model_parallel_size
+                inside = max(0, min(len(found), vocabulary - rank * len(found)))
+                assert not found[inside:].any()
+                found, tensor = found[:inside], tensor[:inside]
+            assert torch.equal(found, tensor), name
+
+
+def save_as_megatron_does(models: list[torch.nn.Module], case: dict[str, Any]) -> None:
+    """The files of --ckpt-format torch, some with options and training state, and a torch_dist checkpoint."""
+    from megatron.core import dist_checkpointing
+    from megatron.core import parallel_state as mpu
+    from megatron.core.transformer.enums import AttnBackend
+
+    state: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": 7}
+    if case["args"]:
+        state["args"] = argparse.Namespace(num_layers=4, attention_backend=AttnBackend.auto, save=Path("run"))
+        state["optimizer"] = {"step": torch.ones(3)}
+    state |= {key: model.state_dict() for key, model in zip(keys(len(models)), models, strict=True)}
+    path = file_of(Path(case["saved"]))
+    if mpu.get_expert_data_parallel_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path)
+    folder = Path(case["apart"])
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"singleton_local_shards": True, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    sharded = {key: m.sharded_state_dict(metadata=metadata) for key, m in zip(keys(len(models)), models, strict=True)}
+    dist_checkpointing.save(sharded | {"iteration": 7}, str(folder))
+
+
+def reads_each_byte_once(hf: dict[str, Any], options: parallel.Parallel, found: device.Device, folder: Path) -> None:
+    """Every part of a weight that this rank holds is a chunk of the checkpoint."""
+    from megapatch.models.build import ModelOptions, build
+    from megapatch.models.core_files import Checkpoint
+    from megapatch.models.load import sharded_tensors
+
+    with Checkpoint(folder) as checkpoint:
+        chunks = {(key, c.offsets, c.sizes) for key, tensor in checkpoint.tensors.items() for c in tensor.chunks}
+    for chunk in build(hf, ModelOptions(options, found)):
+        for tensor in sharded_tensors(chunk):
+            lead = tensor.prepend_axis_num
+            offsets, sizes = tuple(tensor.global_offset), (*(1,) * lead, *tensor.local_shape)
+            if tensor.allow_shape_mismatch:  # rows that pad the vocabulary are not stored
+                sizes = (min(sizes[0], hf["vocab_size"] - offsets[0]), *sizes[1:])
+            assert (tensor.key, offsets, sizes) in chunks, (tensor.key, offsets, sizes)
+
+
+def check(case: dict[str, Any]) -> None:
+    found, options = device.start("cpu"), parallel.Parallel(**case["layout"])
+    parallel.start(options, found)
+    from megatron.core import parallel_state
+
+    try:
+        hf = json.loads((Path(case["hf"]) / "config.json").read_text())
+        expected = oracle(hf, options, found, Path(case["core"]))
+        again = oracle(hf, options, found, Path(case["chunked"]))
+        for first, second in zip(expected, again, strict=True):
+            assert all(torch.equal(second[name], tensor) for name, tensor in weights(first))
+        if case["exact"]:
+            reads_each_byte_once(hf, options, found, Path(case["chunked"]))
+        state = torch.load(file_of(Path(case["legacy"])), map_location="cpu")
+        compare(state, expected, case)
+        models = own_models(hf, options, found)
+        for key, model in zip(keys(len(models)), models, strict=True):
+            model.load_state_dict(state[key], strict=True)
+        save_as_megatron_does(models, case)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def main() -> None:
+    """Every case."""
+    from megatron.core.safe_globals import register_safe_globals
+
+    device.start("cpu")
+    register_safe_globals()
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        check(case)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

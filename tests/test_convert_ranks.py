@@ -1,0 +1,120 @@
+"""mp-convert: files of ranks and chunks of layouts, against megatron-core's own models at those layouts."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from model_folders import contents, make, weights
+from trainer_runs import ENVIRONMENT, ROOT, TORCHRUN
+
+from megapatch.models import core_files, hf_files
+from megapatch.tools.convert.convert import main
+
+
+class Case(NamedTuple):
+    """A model at a layout (options of mp-convert), and the layout of the chunks of its torch_dist checkpoint."""
+
+    family: str
+    layout: str
+    chunk: str
+    changes: dict
+
+
+OTHER_CHUNKS = "PP2 VPP2, chunks of TP2"
+CASES = {
+    "tied embeddings, uneven vocabulary, TP2 PP2": Case("llama", "--tp 2 --pp 2", "tp=2", {"vocab_size": 97}),
+    "biases, own output layer, TP4": Case("qwen2", "--tp 4", "tp=4,pp=2", {"vocab_size": 97}),
+    OTHER_CHUNKS: Case("qwen3", "--pp 2 --vpp 2", "tp=2,pp=2,vpp=2", {}),
+    "PP2": Case("qwen2", "--pp 2", "pp=4", {}),
+    "dense and mixture layers, TP2 EP2": Case("qwen3_moe", "--tp 2 --ep 2", "tp=2,ep=2", {"vocab_size": 97}),
+    "mixtures, TP2 PP2 EP2, experts whole": Case("mixtral", "--tp 2 --pp 2 --ep 2 --etp 1", "tp=2,etp=1,ep=2", {}),
+    "mixtures, EP4": Case("mixtral", "--ep 4", "ep=4", {}),
+}
+
+
+def convert(source: Path, target: Path, *more: str) -> Path:
+    """Run mp-convert, which must succeed; the checkpoint's folder."""
+    assert main(["--source", str(source), "--target", str(target), *more]) == 0
+    return target
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, Path]:
+    """For each case a folder with hf, core, chunked, legacy, and what megatron-core saved: saved, apart."""
+    root, cases, folders = tmp_path_factory.mktemp("ranks"), [], {}
+    for n, (name, case) in enumerate(CASES.items()):
+        folder = folders[name] = root / str(n)
+        make(folder / "hf", case.family, dtype=torch.float32, **case.changes)
+        convert(folder / "hf", folder / "core")
+        one = ("--make-vocab-size-divisible-by", "1")
+        convert(folder / "core", folder / "chunked", "--to", "core", "--chunk", case.chunk, *one)
+        local = ("--spec", "local", "--experts", "sequential")
+        convert(folder / "core", folder / "legacy", "--to", "legacy", *case.layout.split(), *one, *local)
+        words = case.layout.replace("--", "").split()
+        layout = {flag: int(size) for flag, size in zip(words[::2], words[1::2], strict=True)}
+        layout |= {"sequence_parallel": True} if layout.get("tp", 1) > 1 else {}
+        paths = {kind: str(folder / kind / "release") for kind in ("core", "chunked", "legacy")}
+        paths |= {"hf": str(folder / "hf"), "saved": str(folder / "saved"), "apart": str(folder / "apart")}
+        cases.append({"layout": layout, "args": n % 2 == 0, "exact": name != OTHER_CHUNKS} | paths)
+    (root / "cases.json").write_text(json.dumps(cases))
+    command = [*TORCHRUN, "--nproc-per-node", "4", str(ROOT / "tests" / "rank_worker.py"), str(root / "cases.json")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folders
+
+
+def same(found: Path, expected: Path) -> bool:
+    """Do two Hugging Face folders hold the same weights?"""
+    one, other = weights(found), weights(expected)
+    return one.keys() == other.keys() and all(torch.equal(one[name], tensor) for name, tensor in other.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_of_ranks_and_chunks_are_what_core_holds_at_the_layout(name, made):
+    back = made[name] / "back"
+    convert(made[name] / "chunked", back)
+    assert contents(back) == contents(made[name] / "hf")
+
+
+def test_the_chunks_of_a_stage_have_files_of_their_own(made):
+    with core_files.Checkpoint(made[OTHER_CHUNKS] / "chunked" / "release") as checkpoint:
+        layers = checkpoint.tensors["decoder.layers.self_attention.linear_proj.weight"]
+    assert {(chunk.offsets[0], chunk.file) for chunk in layers.chunks} == {
+        (0, "__0_0.distcp"),  # layers 0 and 2 are the chunks of stage 0
+        (1, "__1_0.distcp"),
+        (2, "__0_0.distcp"),
+        (3, "__1_0.distcp"),
+    }
+    assert len(layers.chunks) == 8
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_core_saved_for_each_rank_converts_to_the_same_model(name, made, tmp_path, capsys):
+    saved, config = made[name] / "saved", ("--config", str(made[name] / "hf"))
+    assert same(convert(saved, tmp_path / "hf", *config), made[name] / "hf")
+    told = capsys.readouterr().err
+    assert ("left out: training state (optimizer)" in told) == (list(CASES).index(name) % 2 == 0)
+    convert(saved, tmp_path / "core", "--to", "core", *config)
+    assert same(convert(tmp_path / "core", tmp_path / "again"), made[name] / "hf")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_legacy_files_of_any_naming_convert_back(name, made, tmp_path):
+    for spec in ("te", "local"):
+        for experts in ("grouped", "sequential"):
+            target = tmp_path / spec / experts
+            names = ("--spec", spec, "--experts", experts)
+            convert(made[name] / "hf", target, "--to", "legacy", *CASES[name].layout.split(), *names)
+            assert contents(convert(target, target / "back")) == contents(made[name] / "hf")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_experts_and_halves_saved_apart_convert_to_the_same_model(name, made, tmp_path, capsys):
+    apart = made[name] / "apart"
+    assert main(["--source", str(apart), "--target", str(tmp_path / "x")]) == 1
+    assert "name the model's Hugging Face folder with --config" in capsys.readouterr().err
+    assert same(convert(apart, tmp_path / "hf", "--config", str(made[name] / "hf")), made[name] / "hf")
+    assert (tmp_path / "hf" / hf_files.CONFIG).is_file()
