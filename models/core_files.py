@@ -38,10 +38,10 @@ def iteration_folder(root: Path, step: str | int) -> Path:
 def read_tracker(root: Path) -> str | int | None:
     """What the tracker names: "release", an iteration, or None where there is no tracker."""
     try:
-        text = (root / TRACKER).read_text().strip()
+        text = (root / TRACKER).read_bytes()[:100].decode("ascii", "replace").strip()
     except FileNotFoundError:
         return None
-    if text != RELEASE and not (text.isascii() and text.isdigit()):
+    if text != RELEASE and not (text.isascii() and text.isdigit() and len(text) < 20):
         raise UserError(f"{root / TRACKER}: says {text[:40]!r}; expected 'release' or the number of an iteration")
     return text if text == RELEASE else int(text)
 

@@ -1,5 +1,6 @@
 """Is a folder of weights complete, is it what its manifest says, and is it safe to load?"""
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,7 +48,8 @@ def _place_all(found: Contents, config: Path | None) -> bool | None:
         return None
     with opened(found.kind, found.folder, config) as source:
         for placed in source.model.layout.placed:
-            source.weight(placed)
+            weight = source.weight(placed)
+            deque(weight.copies(weight.origin, "", 0, "float32"), maxlen=0)  # refuses gaps and overlaps
         found.notes += source.notes
     return True
 

@@ -59,6 +59,8 @@ def choose_dtype(asked: str, matrix: Matrix, name: str, core: str = "") -> str:
     kept = core.endswith(AS_TRAINED)
     if asked in DTYPES and not kept:
         return DTYPES[asked]
+    if not matrix.dtypes:
+        raise UserError(f"{matrix.origin} leave all of it out; the checkpoint is incomplete")
     first, *others = matrix.dtypes
     if others:
         raise UserError(f"{name}: {first}, but core stores it with weights of {others[0]}; choose --dtype")
