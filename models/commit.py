@@ -264,5 +264,5 @@ def naming_full_disks(target: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else found and int(found[1])
         if number not in _FULL:
             raise
-        free = shutil.disk_usage(target.parent).free
+        free = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
         raise UserError(f"{target}: disk full ({free:,} bytes free); free space and run again") from error

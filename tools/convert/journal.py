@@ -106,7 +106,7 @@ class Journal:
             name, written = said.pop("file"), Written(**said)
             if self._is(self.stage / name, written):
                 self.kept[name] = written
-        os.truncate(self._file, sum(len(line) + 1 for line in lines[:-1]))
+        self._cut(sum(len(line) + 1 for line in lines[:-1]))
         return True
 
     @staticmethod
@@ -117,9 +117,13 @@ class Journal:
         return (stat.st_size, stat.st_mtime_ns) == (written.bytes, written.mtime_ns)
 
     def _begin(self, plan: str) -> None:
-        os.truncate(self._file, 0)
+        self._cut(0)
         self._line({"plan": plan})
         commit.fsync(self.path.parent)
+
+    def _cut(self, size: int) -> None:
+        with commit.naming(self.path):
+            os.ftruncate(self._file, size)
 
     def make_stage(self) -> None:
         """The staging folder, with the kept files and no others."""
