@@ -24,7 +24,8 @@ after the rotary embedding, result of attention, projection, choice of the route
 
 --precision bf16 (a report): distances are relative L2. The reference in bf16 is itself wrong by some error from its own
 fp32; the error of the target divided by that is the ratio, and at most --ratio passes. The noise floor is the
-reference in bf16 against itself with another order of summation: a difference from it below that means nothing.
+reference in bf16 against itself with another order of summation: a unit that is no further from the reference than
+that says nothing and passes.
 --align hf: the target with the order of rounding of Hugging Face ("hf order"), and with one source at a time put back.
 
 stdout is one JSON line: check, ok, found, expected (for mp-report --checks), compared (layers, or only logits),

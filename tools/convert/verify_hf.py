@@ -163,7 +163,6 @@ class _Loader:
     def __init__(self, folder: Path, model: Any, names: HfNames, device: Device, rounded: bool) -> None:
         self.model, self.names, self.device, self.rounded = model, names, device, rounded
         files = {name: tensor.file for name, tensor in hf_files.tensors(folder).items()}
-        self.opened = {path: safe_open(path, framework="pt") for path in set(files.values())}
         self.files, self.sources = files, dict[str, list[str]]()
         for name in files:
             if (there := names(name)) is not None:  # early files hold buffers that follow from config.json
@@ -192,7 +191,9 @@ class _Loader:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        given = {n: self.opened[self.files[n]].get_slice(n) for name in names for n in self.sources[name]}
+        stored = [n for name in names for n in self.sources[name]]
+        opened = {path: safe_open(path, framework="pt") for path in {self.files[n] for n in stored}}  # unmapped after
+        given = {n: opened[self.files[n]].get_slice(n) for n in stored}
         config = LoadStateDictConfig(
             device_map={"": self.device.torch}, dtype=self.model.dtype, weight_mapping=self.names.mapping
         )

@@ -141,6 +141,12 @@ class Errors:
     from_truth: dict[str, list[float]]  # stream -> distance from the reference's fp32
 
     @property
+    def judged(self) -> list[int]:
+        """The units whose target is further from the reference's bf16 than that is from itself: beyond the noise."""
+        apart = self.from_reference[CHAINED]
+        return [i for i in range(len(self.units)) if not self.floor or not apart[i] <= self.floor[i]]
+
+    @property
     def ratios(self) -> list[float]:
         """target / reference for each unit."""
         return [_ratio(ours, own) if ours else 0.0 for ours, own in zip(self.target, self.reference, strict=True)]

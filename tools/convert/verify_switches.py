@@ -8,7 +8,8 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,28 +59,69 @@ def as_it_is(module: nn.Module) -> Callable[[], None] | None:
     return None
 
 
-def separate(engine: Engine, name: str) -> Way:
-    """The fused linear layer ``name`` as one matrix product for each of Hugging Face's weights."""
-    places = {
-        engine.model.get_submodule(path): weight
-        for path, weight in engine.leaves.items()
-        if weight.module == name and len(weight.placed.hf) > 1
-    }
+def linear(engine: Engine, name: str = "", *, separate: bool = True, bias_inside: bool = True) -> Way:
+    """Linear layers (only the one of this ``name``, if given) by another arrangement of matrix products.
+
+    ``separate``: one product for each of Hugging Face's weights; ``bias_inside``: added before the rounding, not after.
+    """
+    leaves = {p: w for p, w in engine.leaves.items() if w.module == name or not name}
+    places = {engine.model.get_submodule(path): weight for path, weight in leaves.items()}
 
     def way(module: nn.Module) -> Callable[[], None] | None:
-        weight = places.get(module)
-        if weight is None:
+        weight, layer = places.get(module), cast(Any, module)
+        if weight is None or not hasattr(module, "skip_bias_add"):
             return None
+        split = separate and len(weight.placed.hf) > 1
 
-        def joined(module: Any, args: Any, output: Any) -> Any:
-            parts = weight.split(module.weight.T).values()  # [h, rows of a part]
-            outs = weight.join([F.linear(args[0], part.T.contiguous()) for part in parts])
-            bias = None if module.skip_bias_add else module.bias
-            return outs if bias is None else outs + bias, *output[1:]
+        def joined(_: nn.Module, args: Any, output: Any) -> Any:
+            rows = weight.split(layer.weight.T).values() if split else [layer.weight.T]  # [h, rows of a part]
+            shifts: Any = [None] * len(rows)
+            if layer.bias is not None and bias_inside:
+                shifts = weight.split(layer.bias).values() if split else [layer.bias]
+            outs = [F.linear(args[0], part.T.contiguous(), b) for part, b in zip(rows, shifts, strict=True)]
+            out = weight.join(outs) if split else outs[0]
+            if layer.bias is None or bias_inside:
+                return out, None
+            return (out, layer.bias) if layer.skip_bias_add else (out + layer.bias, None)
 
         return module.register_forward_hook(joined).remove
 
     return way
+
+
+def then(first: Way, second: Way) -> Way:
+    """One way, and then another on what it left."""
+
+    def way(module: nn.Module) -> Callable[[], None] | None:
+        backs = [back for switch in (first, second) if (back := switch(module)) is not None]
+
+        def undo() -> None:
+            for back in reversed(backs):
+                back()
+
+        return undo if backs else None
+
+    return way
+
+
+def weighted_output(module: nn.Module) -> Callable[[], None] | None:
+    """Experts' outputs times the router's weights; core multiplies the activations, before the last linear layer."""
+    if not hasattr(module, "local_experts"):
+        return None
+    experts: Any = module.local_experts
+
+    def forward(expert: Any, x: Tensor, scale: Tensor) -> Any:
+        out, bias = type(expert).forward(expert, x)
+        return (out * scale[:, None]).to(out.dtype), bias
+
+    for expert in experts:
+        expert.forward = partial(forward, expert)
+
+    def back() -> None:
+        for expert in experts:
+            del expert.forward
+
+    return back
 
 
 def fp32_angles(module: nn.Module) -> Callable[[], None] | None:
@@ -160,7 +202,11 @@ def router(dtype: str) -> Way:
 
 def sources(engine: Engine) -> list[Source]:
     """Every source of differences in rounding that a switch exists for."""
-    qkv, fc1 = "self_attention.linear_qkv", "mlp.linear_fc1"
+    separate = linear(engine)
+    fused = sorted({weight.module for weight in engine.leaves.values() if len(weight.placed.hf) > 1})
+    products = {f"{name} fused": then(separate, linear(engine, name, separate=False)) for name in fused}
+    if any(getattr(engine.model.get_submodule(path), "bias", None) is not None for path in engine.leaves):
+        products["bias after the rounding"] = linear(engine, bias_inside=False)
     norms = {
         "weight before the cast": norm(cast_last=True),
         "statistics in bf16": norm(fp32=False),
@@ -171,8 +217,8 @@ def sources(engine: Engine) -> list[Source]:
         Source("RMSNorm", norm(), norms),
         Source("rotary", as_it_is, {"frequencies in bf16": bf16_frequencies, "rotation in fp32": fp32_angles}),
         Source("SwiGLU", activation(fp32=False), {"rounded once (fused)": activation(fp32=True)}),
-        Source("q, k, v", separate(engine, qkv), {"one matrix product": as_it_is}),
-        Source("gate, up", separate(engine, fc1), {"one matrix product": as_it_is}),
+        Source("linear", separate, products),
+        Source("experts", weighted_output, {"weighted before fc2": as_it_is}),
         Source("router", as_it_is, {"logits in fp32": router("fp32")}),
     ]
 
