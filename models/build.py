@@ -1,6 +1,6 @@
 """Family + Device + Parallel -> megatron-core GPTModel."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -57,11 +57,15 @@ def transformer_config(hf: HfConfig, options: ModelOptions) -> TransformerConfig
     moe = {"moe_token_dispatcher_type": "alltoall"} if fields.get("num_moe_experts") else {}
     types = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": options.precision == "bf16"}
     layout, machine = options.parallel.config(), options.device.config()
-    kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
     try:
-        return kind(**fields, **layout, **moe, **machine | types | options.overrides)
+        return config_class(fields)(**machine | layout | moe | types | fields | options.overrides)
     except ValueError as error:
         raise UserError(f"megatron-core refuses this config.json at this layout: {error}") from error
+
+
+def config_class(fields: Mapping[str, Any]) -> type[TransformerConfig]:
+    """The class that takes these fields."""
+    return MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
 
 
 def build(hf: HfConfig, options: ModelOptions) -> list[torch.nn.Module]:

@@ -117,7 +117,7 @@ def _gpu(reason: str) -> Device:
     if not engine:
         from megapatch.models.patches import core_on_cpu
 
-        core_on_cpu.name_missing_te_gemm()
+        core_on_cpu.tell_missing_engine()
     return Device("cuda", engine, installed("flash_attn"), reason)
 
 
@@ -135,7 +135,7 @@ def _cpu(reason: str) -> Device:
     from megapatch.models.patches import core_on_cpu
 
     core_on_cpu.install()
-    core_on_cpu.name_missing_te_gemm()
+    core_on_cpu.tell_missing_engine()
     return Device("cpu", False, False, reason)
 
 

@@ -39,6 +39,26 @@ MOE_READS: dict[str, Source] = {
     "moe_aux_loss_coeff": lambda hf: hf.get("router_aux_loss_coef", 0.0),
 }
 MOE_FIXED: dict[str, Any] = {"moe_router_load_balancing_type": "aux_loss"}
+MLA_READS: dict[str, Source] = {  # multi-head latent attention
+    "kv_channels": lambda hf: hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"],
+    "num_query_groups": "num_attention_heads",
+    "q_lora_rank": lambda hf: hf.get("q_lora_rank", 1536),  # null: queries have no latent vector
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_head_dim": "qk_nope_head_dim",
+    "qk_pos_emb_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "rope_type": lambda hf: {"default": "rope", "yarn": "yarn"}[rope(hf)["rope_type"]],
+    "rotary_base": lambda hf: rope(hf)["rope_theta"],
+    "rotary_scaling_factor": lambda hf: rope(hf).get("factor") or 1.0,
+    "original_max_position_embeddings": lambda hf: (
+        rope(hf).get("original_max_position_embeddings") or hf["max_position_embeddings"]
+    ),
+    "beta_fast": lambda hf: rope(hf).get("beta_fast") or 32.0,
+    "beta_slow": lambda hf: rope(hf).get("beta_slow") or 1.0,
+    "mscale": lambda hf: rope(hf).get("mscale") or 1.0,
+    "mscale_all_dim": lambda hf: rope(hf).get("mscale_all_dim") or 0.0,
+}
+MLA_FIXED: dict[str, Any] = {"multi_latent_attention": True, "qk_layernorm": True, "apply_rope_fusion": False}
 TINY: dict[str, Any] = {  # a model that fits a test: 4 layers, 4 heads of 8
     "vocab_size": 96,
     "hidden_size": 32,
@@ -71,6 +91,7 @@ class Family:
     tied: bool = False  # whether the output layer is the embedding when config.json does not say
     positions: Source = lambda hf: "rope"  # rope, learned_absolute or none
     rope: Callable[[HfConfig], dict[str, Any]] = written_rope  # parameters of the rotary embedding
+    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3")  # supported ones
     rotary_dim: Source = lambda hf: _read(hf, _head_size(hf))  # of each head; the other dimensions are not rotated
     windows: bool = False  # whether sliding-window attention is supported
     modules: Callable[[HfConfig], Mapping[str, str]] = lambda hf: {}  # slot of layers.spec.Modules <- "module:name"
@@ -171,9 +192,25 @@ def rope(hf: HfConfig) -> dict[str, Any]:
     """RoPE parameters as transformers 5 names them; a kind that is not supported is a UserError."""
     parameters = find(hf).rope(hf)
     kind = parameters.setdefault("rope_type", parameters.pop("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3")
+    if kind not in (kinds := find(hf).rope_kinds):
+        raise UserError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(kinds)}")
+    if kind == "yarn":
+        _refuse_yarn(parameters)
     return parameters
+
+
+def _refuse_yarn(parameters: Mapping[str, Any]) -> None:
+    """Refuse settings of yarn for which transformers and megatron-core compute different scales (UserError)."""
+    both = bool(parameters.get("mscale")) == bool(parameters.get("mscale_all_dim"))
+    for wrong, said in {
+        "factor is missing": not parameters.get("factor"),
+        "original_max_position_embeddings is missing": not parameters.get("original_max_position_embeddings"),
+        "attention_factor is set": parameters.get("attention_factor") is not None,
+        "truncate is false": not parameters.get("truncate", True),
+        "one of mscale and mscale_all_dim is missing or 0": not both,
+    }.items():
+        if said:
+            raise UserError(f"config.json: rope type 'yarn': {wrong}; this is not supported")
 
 
 def refuse_rope(hf: HfConfig) -> None:

@@ -142,6 +142,25 @@ def attention(*, bias: bool = False, qk_norm: bool = False) -> tuple[Rule, ...]:
     )
 
 
+def latent_attention(*, query_latent: bool) -> tuple[Rule, ...]:
+    """Multi-head latent attention, shapes in the letters of shapes.py; queries through a latent vector or not."""
+    core, hf = CORE + "self_attention.", HF + "self_attn."
+    from_latent = (
+        Rule(core + "linear_q_down_proj.weight", (hf + "q_a_proj.weight",), shapes=("a h",)),
+        Rule(core + "linear_q_up_proj.layer_norm_weight", (hf + "q_a_layernorm.weight",), shapes=("a",)),
+        Rule(core + "linear_q_up_proj.weight", (hf + "q_b_proj.weight",), shapes=("q a",)),
+    )
+    direct = (Rule(core + "linear_q_proj.weight", (hf + "q_proj.weight",), shapes=("q h",)),)
+    return (
+        Rule(CORE + "input_layernorm.weight", (HF + "input_layernorm.weight",), shapes=("h",)),
+        *(from_latent if query_latent else direct),
+        Rule(core + "linear_kv_down_proj.weight", (hf + "kv_a_proj_with_mqa.weight",), shapes=("c+r h",)),
+        Rule(core + "linear_kv_up_proj.layer_norm_weight", (hf + "kv_a_layernorm.weight",), shapes=("c",)),
+        Rule(core + "linear_kv_up_proj.weight", (hf + "kv_b_proj.weight",), shapes=("u c",)),
+        Rule(core + "linear_proj.weight", (hf + "o_proj.weight",), shapes=("h o",)),
+    )
+
+
 def dense_mlp() -> tuple[Rule, ...]:
     """Norm and gated MLP of a dense layer."""
     norm = Rule(CORE + "mlp.linear_fc1.layer_norm_weight", (HF + "post_attention_layernorm.weight",))

@@ -2,9 +2,13 @@
 
 Letters: v vocabulary, p positions, h hidden, g query groups, q all query heads, k all key heads, d one head,
 f feed-forward, e experts, m feed-forward of an expert, s of the shared experts. An axis may be a sum: "q+k+k".
+With latent attention: a latent vector of queries, c of keys and values, r rotated part of a key, u all that is made of
+c: the other part of each head's key, and its value; o values of all heads.
 """
 
+from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 from megapatch.models.cli import UserError
 from megapatch.models.family import HfConfig, find, max_positions, placed_rules, refuse_rope, stacked_layers, vocab_size
@@ -26,6 +30,9 @@ SHAPES: dict[str, tuple[str, ...]] = {  # core name without its layer -> shape o
     "mlp.router.weight": ("e h",),
     "mlp.experts.experts.{e}.linear_fc1.weight": ("m h", "m h"),
     "mlp.experts.experts.{e}.linear_fc2.weight": ("h m",),
+    "mlp.shared_experts.linear_fc1.weight": ("s h", "s h"),
+    "mlp.shared_experts.linear_fc2.weight": ("h s",),
+    "mlp.shared_experts.gate_weight": ("1 h",),
 }
 
 
@@ -47,7 +54,19 @@ def sizes(hf: HfConfig) -> dict[str, int]:
         "e": core.get("num_moe_experts") or 0,
         "m": core.get("moe_ffn_hidden_size") or 0,
         "s": core.get("moe_shared_expert_intermediate_size") or 0,
+        **(_latent(core) if core.get("multi_latent_attention") else {}),
         **find(hf).letters(hf),
+    }
+
+
+def _latent(core: Mapping[str, Any]) -> dict[str, int]:
+    heads = core["num_attention_heads"]
+    return {
+        "a": core["q_lora_rank"] or 0,
+        "c": core["kv_lora_rank"],
+        "r": core["qk_pos_emb_head_dim"],
+        "u": heads * (core["qk_head_dim"] + core["v_head_dim"]),
+        "o": heads * core["v_head_dim"],
     }
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import references  # noqa: F401  makes AutoModelForCausalLM know the models that transformers lacks
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,8 +20,8 @@ def make(folder: Path, name: str, shards: str = "5GB", dtype: torch.dtype = torc
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
+        for tensor in (*model.parameters(), *(b for name, b in model.named_buffers() if name in model.state_dict())):
+            tensor.normal_()
     model.save_pretrained(folder, max_shard_size=shards)
     text = json.dumps(json.loads((folder / "config.json").read_text()), indent=7)
     (folder / "config.json").write_text(text + "\n\n")
@@ -33,7 +34,8 @@ def make(folder: Path, name: str, shards: str = "5GB", dtype: torch.dtype = torc
 
 def soften(folder: Path) -> Path:
     """Weights of a folder at a scale whose logits and gradients are of order one: norms near 1, the rest near 0.2."""
-    parts = {name: value * 0.2 + ("norm" in name) for name, value in weights(folder).items()}
+    scales = {name for name, value in weights(folder).items() if value.dim() == 1 and "bias" not in name}
+    parts = {name: value * 0.2 + (name in scales) for name, value in weights(folder).items()}
     save_file(parts, folder / "model.safetensors", {"format": "pt"})
     return folder
 

@@ -13,6 +13,16 @@ from megapatch.tools.convert.convert import main as convert
 from megapatch.tools.convert.verify import main as verify
 
 LLAMA3 = {"rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 0.707, "mscale_all_dim": 1.0}
+YARN |= {"original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 0.5}
+FALCON_RW = {
+    "alibi": True,
+    "bias": True,
+    "multi_query": False,
+    "parallel_attn": False,
+    "new_decoder_architecture": False,
+    "num_kv_heads": None,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # what config.json allows beyond the tiny model of a family
     "llama 2: own output layer, one head per group": (
         "llama",
@@ -35,14 +45,118 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # what config.json allows b
     ),
     "qwen3_moe, every second layer a mixture": ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
     "mixtral with three experts a token": ("mixtral", {"num_experts_per_tok": 3}),
+    "qwen2_moe, all layers mixtures, probabilities normalised, no bias": (
+        "qwen2_moe",
+        {"mlp_only_layers": [], "norm_topk_prob": True, "qkv_bias": False},
+    ),
+    "qwen 1 with tied embeddings": ("qwen", {"tie_word_embeddings": True}),
+    "baichuan 1 7B": ("baichuan", {"z_loss_weight": None}),
+    "baichuan 1 13B": ("baichuan", {"z_loss_weight": None, "max_position_embeddings": None}),
+    "baichuan 2 13B, heads not a power of two": (
+        "baichuan",
+        {"max_position_embeddings": None, "hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2},
+    ),
+    "chatglm without biases, one group": ("chatglm", {"add_qkv_bias": False, "multi_query_group_num": 1}),
+    "glm without biases, a quarter of each head rotated": (
+        "glm",
+        {"attention_bias": False, "partial_rotary_factor": 0.25, "num_key_value_heads": 1},
+    ),
+    "glm4 with biases": ("glm4", {"attention_bias": True}),
+    "deepseek, every second layer a mixture, probabilities normalised": (
+        "deepseek",
+        {"norm_topk_prob": True, "first_k_dense_replace": 0, "moe_layer_freq": 2},
+    ),
+    "deepseek, all layers mixtures, no shared experts": (
+        "deepseek",
+        {"first_k_dense_replace": 0, "n_shared_experts": None},
+    ),
+    "deepseek_v2-lite: queries without a latent vector, all groups": (
+        "deepseek_v2",
+        {"q_lora_rank": None, "topk_method": "greedy", "first_k_dense_replace": 2, "rms_norm_eps": 1e-3},
+    ),
+    "deepseek_v2 with yarn, all layers mixtures": (
+        "deepseek_v2",
+        {"rope_parameters": YARN, "first_k_dense_replace": 0, "num_experts_per_tok": 2},
+    ),
+    "deepseek_v3 with yarn": ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0}}),
+    "moonlight: one group, queries without a latent vector": (
+        "deepseek_v3",
+        {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "rms_norm_eps": 1e-3, "num_nextn_predict_layers": 0},
+    ),
+    "mistral without windows": ("mistral", {"sliding_window": None, "head_dim": None}),
+    "mistral with windows longer than the text": ("mistral", {"sliding_window": 128}),
+    "bloom with heads that are no power of two": ("bloom", {"n_head": 6, "hidden_size": 48}),
+    "bloom with its own output layer": ("bloom", {"tie_word_embeddings": False}),
+    "falcon 7B": ("falcon", {"new_decoder_architecture": False, "num_kv_heads": None, "max_position_embeddings": 128}),
+    "falcon 11B: one norm, grouped keys": ("falcon", {"num_ln_in_parallel_attn": 1, "tie_word_embeddings": False}),
+    "falcon RW": ("falcon", {**FALCON_RW, "num_attention_heads": 4}),
+    "falcon RW with heads that are no power of two": (
+        "falcon",
+        {**FALCON_RW, "num_attention_heads": 6, "hidden_size": 48},
+    ),
+    "falcon with biases and parallel layers": ("falcon", {"bias": True, "new_decoder_architecture": False}),
+    "galactica": (
+        "opt",
+        {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+    ),
+    "opt with its own output layer": ("opt", {"tie_word_embeddings": False}),
+    "gpt_bigcode with q, k and v of each head together": ("gpt_bigcode", {"multi_query": False, "n_inner": 48}),
+    "gpt2 with another activation and its own output layer": (
+        "gpt2",
+        {"activation_function": "relu", "tie_word_embeddings": False, "n_inner": 48},
+    ),
+    "starcoder2 without biases and windows": ("starcoder2", {"use_bias": False, "sliding_window": None}),
     **{name: (name, {}) for name in family.known()},
 }
 UNSUPPORTED = {  # config.json settings that must be refused by name
+    "mistral": {"hidden_act": "gelu", "layer_types": ["full_attention", "sliding_attention"]},
+    "bloom": {"apply_residual_connection_post_layernorm": True, "hidden_dropout": 0.1},
+    "falcon": {"activation": "relu", "hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "opt": {"do_layer_norm_before": False, "word_embed_proj_dim": 16, "activation_function": "silu", "layerdrop": 0.1},
+    "gpt_bigcode": {"add_cross_attention": True, "scale_attn_weights": False, "activation_function": "silu"},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "add_cross_attention": True},
+    "starcoder2": {"norm_type": "rms", "mlp_type": "gated", "hidden_act": "silu", "residual_dropout": 0.1},
     "llama": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "rope_parameters": {"rope_type": "yarn"}},
     "qwen2": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
     "qwen3": {"attention_bias": True, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "qwen3_moe": {"attention_bias": True, "hidden_act": "relu"},
     "mixtral": {"sliding_window": 4096, "router_jitter_noise": 0.1},
+    "qwen2_moe": {"use_sliding_window": True, "hidden_act": "relu"},
+    "deepseek_v2": {
+        "attention_bias": True,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "rope_parameters": YARN | {"mscale": None},
+    },
+    "deepseek_v3": {
+        "attention_bias": True,
+        "norm_topk_prob": False,
+        "scoring_func": "softmax",
+        "topk_method": "greedy",
+        "rope_interleave": False,
+        "moe_layer_freq": 2,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+    },
+    "qwen": {"no_bias": False, "rotary_pct": 0.5, "scale_attn_weights": False, "emb_dropout_prob": 0.1, "visual": {}},
+    "baichuan": {"hidden_act": "gelu", "z_loss_weight": 0.1},
+    "chatglm": {
+        "multi_query_attention": False,
+        "rmsnorm": False,
+        "post_layer_norm": False,
+        "original_rope": False,
+        "add_bias_linear": True,
+        "apply_residual_connection_post_layernorm": True,
+        "hidden_dropout": 0.1,
+        "pre_seq_len": 128,
+        "quantization_bit": 4,
+        "vision_config": {},
+        "position_encoding_2d": True,
+        "rope_ratio": 50,
+    },
+    "glm": {"hidden_act": "gelu"},
+    "glm4": {"hidden_act": "gelu"},
+    "deepseek": {"attention_bias": True, "hidden_act": "gelu", "scoring_func": "sigmoid"},
 }
 
 

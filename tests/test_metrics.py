@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import references  # noqa: F401  makes AutoModelForCausalLM know the models that transformers lacks
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from trainer_runs import corpus, events, model, train
@@ -15,8 +16,7 @@ from megapatch.models.shapes import num_parameters
 
 device.start()  # before megatron-core is imported
 
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-
+from megapatch.models.build import config_class  # noqa: E402
 from megapatch.models.layers.spec import mixture_layers  # noqa: E402
 from megapatch.trainer.metrics import JsonLines, flops_per_token  # noqa: E402
 
@@ -41,8 +41,9 @@ def test_flops_are_three_times_what_pytorch_counts_forward(kind: str, changes: d
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.arange(SEQUENCE)[None])
     fields = family.find(hf).transformer_config(hf) | {"activation_func": torch.nn.functional.silu}
-    config = TransformerConfig(**fields)
-    upper_half = config.num_layers * 2 * config.num_attention_heads * config.kv_channels * SEQUENCE**2
+    config = config_class(fields)(**fields)
+    sizes = config.kv_channels + getattr(config, "v_head_dim", config.kv_channels)  # of a head: q and k; v
+    upper_half = config.num_layers * config.num_attention_heads * sizes * SEQUENCE**2
     expected = 3 * (counter.get_total_flops() - upper_half) / SEQUENCE
     assert flops_per_token(config, hf["vocab_size"], SEQUENCE, sum(mixture_layers(config))) == expected
 
@@ -50,7 +51,8 @@ def test_flops_are_three_times_what_pytorch_counts_forward(kind: str, changes: d
 @pytest.mark.parametrize(("kind", "changes"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_parameters_are_counted_as_transformers_does(kind: str, changes: dict[str, Any]) -> None:
     net, hf = transformers_model(kind, changes)
-    assert num_parameters(hf) == net.num_parameters()
+    buffers = sum(buffer.numel() for name, buffer in net.named_buffers() if name in net.state_dict())
+    assert num_parameters(hf) == net.num_parameters() + buffers  # a router's bias is a buffer there
 
 
 def test_a_torn_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:

@@ -5,13 +5,37 @@ import random
 import string
 from pathlib import Path
 
+import references  # noqa: F401  makes AutoModelForCausalLM know the models that transformers lacks
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megapatch.models.family import known
 
-FAMILIES = ("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = (
+    "bloom",
+    "falcon",
+    "gpt2",
+    "gpt_bigcode",
+    "mistral",
+    "opt",
+    "starcoder2",
+    
+    "baichuan",
+    "chatglm",
+    "deepseek",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm",
+    "glm4",
+    "llama",
+    "mixtral",
+    "qwen",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+)
 _random = random.Random(0)
 PROMPTS = [[_random.randrange(95) for _ in range(length)] for length in (5, 1, 17, 9, 30)]
 

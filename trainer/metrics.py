@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megapatch.models import commit
 from megapatch.models.cli import UserError
@@ -18,19 +18,28 @@ def flops_per_token(config: TransformerConfig, vocab_size: int, seq_length: int,
 
     Counts what the model needs, not what is recomputed. A multiply-add is 2 FLOPs.
     """
-    h, d = config.hidden_size, config.kv_channels
-    heads, groups = config.num_attention_heads, config.num_query_groups
-    projections = h * d * (heads + 2 * groups) + heads * d * h
-    scores = heads * d * seq_length  # q k^T and scores v, each s/2 keys on average
+    h = config.hidden_size
     matrices = 3 if config.gated_linear_unit else 2
     dense = matrices * h * config.ffn_hidden_size
     active = (config.moe_ffn_hidden_size or 0) * config.moe_router_topk  # feed-forward width that a token meets
     active += config.moe_shared_expert_intermediate_size or 0
-    experts = h * (config.num_moe_experts or 0) + matrices * h * active
-    layers = (
-        config.num_layers * (projections + scores) + (config.num_layers - moe_layers) * dense + moe_layers * experts
-    )
-    return 3 * 2 * (layers + h * vocab_size)
+    gates = (config.num_moe_experts or 0) + int(config.moe_shared_expert_gate)
+    experts = h * gates + matrices * h * active
+    attention = _attention(config, seq_length)
+    layers = config.num_layers * attention + (config.num_layers - moe_layers) * dense + moe_layers * experts
+    further = 2 * h * h + attention + (experts if moe_layers else dense) + h * vocab_size  # predicts a later token
+    return 3 * 2 * (layers + h * vocab_size + (config.mtp_num_layers or 0) * further)
+
+
+def _attention(config: TransformerConfig, seq_length: int) -> float:
+    """Multiply-adds of one attention layer for a token, which sees half of the sequence on average."""
+    h, heads, groups, size = config.hidden_size, config.num_attention_heads, config.num_query_groups, config.kv_channels
+    if not isinstance(config, MLATransformerConfig):
+        return 2 * h * size * (heads + groups) + heads * size * seq_length  # q k^T and scores v
+    value, latent, rank = config.v_head_dim, config.kv_lora_rank, config.q_lora_rank
+    query = h * heads * size if rank is None else rank * (h + heads * size)
+    keys = h * (latent + config.qk_pos_emb_head_dim) + latent * heads * (config.qk_head_dim + value)
+    return query + keys + h * heads * value + heads * (size + value) * seq_length / 2
 
 
 class Sink(Protocol):

@@ -96,10 +96,13 @@ CPU_PATCHES = (
 )
 
 
-def name_missing_te_gemm() -> None:
-    """moe_utils reads ``te_general_gemm`` even where Transformer Engine is absent and the name was never set."""
+def tell_missing_engine() -> None:
+    """Without Transformer Engine moe_utils still reads ``te_general_gemm``; latent attention believes it is there."""
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
+    if not isinstance(multi_latent_attention.TELinear, type):  # made of stand-ins for the missing package
+        multi_latent_attention.HAVE_TE = False
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
