@@ -303,6 +303,8 @@ def test_a_bit_flipped_anywhere_is_found_by_the_manifest(kind, good, tmp_path, c
         assert inspect([str(folder), "--json"]) == 1, path
         told = capsys.readouterr()
         assert path.name in told.out + told.err
+        assert convert(["--source", str(folder), "--target", str(tmp_path / "out")]) == 1
+        assert path.name in capsys.readouterr().err and not (tmp_path / "out").exists()
         path.write_bytes(whole)
     assert inspect([str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == {"complete": True, "verified": True, "safe": True}

@@ -88,7 +88,9 @@ class Options(Common):
         choices=["grouped", "sequential"],
     )
     jobs: int = opt("files written at the same time", 4, flags=["--jobs", "-j"])
-    skip_digests: bool = opt("do not compare the content of a checkpoint with its manifest: reads it once less", False)
+    skip_digests: bool = opt(
+        "do not compare the content of the source with its manifest, where it has one: reads it once less", False
+    )
     dry_run: bool = opt(
         "print the plan as JSON lines (bytes of each target file, and where from); write nothing", False
     )
@@ -162,7 +164,7 @@ def convert(options: Options) -> None:
     root = options.target
     target = root if to == "hf" else core_files.iteration_folder(root, core_files.RELEASE)
     refuse_overlap(source, target, root)
-    if kind != "hf" and not verify(source, digests=not (options.skip_digests or options.dry_run)):
+    if not verify(source, digests=not (options.skip_digests or options.dry_run)) and kind != "hf":
         log.warning("%s: no manifest.json; its content cannot be verified", source)
     with opened(kind, source, options.config) as weights:
         plan = _plan(options, to, weights)
