@@ -19,7 +19,7 @@ from megapatch.tools.convert.verify_stream import CHAINED, ISOLATED
 from megapatch.tools.convert.verify_switches import streams
 
 log = logging.getLogger(__name__)
-STYLES = 6  # colour classes of models/svg.py
+STYLES, DASHES = 6, ("", " dashed", " dotted")  # classes of colours and of strokes in models/svg.py
 
 
 def gate(options: VerifyOptions, sides: Sides, ids: Tensor) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _error_lines(errors: verify_study.Errors, align: bool) -> dict[str, list[flo
     layers = [i for i, unit in enumerate(errors.units) if isinstance(unit, int)]
     lines = {
         "reference bf16, from its fp32": errors.reference,
-        "core as it is, from the reference's fp32": errors.target,
+        "target bf16, from the reference's fp32": errors.target,
     }
     if errors.floor:
         lines["noise floor: the reference from itself"] = errors.floor
@@ -181,7 +181,7 @@ def _plot(options: VerifyOptions, title: str, unit: str, lines: dict[str, list[f
     if options.plot is None:
         return
     drawn = [
-        Line(name, range(1, len(ys) + 1), ys, f"c{i % STYLES}" + (" dashed" if i >= STYLES else ""))
+        Line(name, range(len(ys)), ys, f"c{i % STYLES}{DASHES[i // STYLES % 3]}")
         for i, (name, ys) in enumerate(lines.items())
     ]
     chart = Chart(title, unit, drawn, from_zero=True, width=760, height=360, x_label="layer")
