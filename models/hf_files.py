@@ -36,7 +36,7 @@ SAFETENSORS_DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 _HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".distcp"}
+_WEIGHTS = set(".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .npz .ot .distcp".split())
 _COUNTS = set(  # what config.json says of sizes, in all families
     "vocab_size hidden_size n_embd intermediate_size ffn_hidden_size n_inner moe_intermediate_size head_dim "
     "num_hidden_layers num_layers n_layer n_layers num_attention_heads n_head num_key_value_heads num_kv_heads "

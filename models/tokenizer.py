@@ -1,4 +1,4 @@
-"""A tokenizer from a Hugging Face folder: text to ids, ids to text, without torch or transformers."""
+"""A tokenizer from a Hugging Face folder: text to ids, ids to text; transformers only where there is no other way."""
 
 import json
 import shutil
@@ -11,9 +11,8 @@ import numpy as np
 
 from megapatch.models.cli import UserError
 from megapatch.models.commit import digest
-from megapatch.models.tokenizer_engine import Engine, Fast, load_slow
+from megapatch.models.tokenizer_engine import FAST, Folder, load, token_text
 
-FAST = "tokenizer.json"
 VOCABULARIES = (
     FAST,
     "tokenizer.model",
@@ -33,7 +32,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
 )
+CODE = "*.py"  # copied with a tokenizer that is Python code
 TRACKER = "latest_checkpointed_iteration.txt"
 _BATCH_CHARACTERS = 1 << 19  # per call of the engine, whose results take ~100 bytes a token
 _REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not, or not yet, a character
@@ -45,10 +46,7 @@ class Tokenizer:
     def __init__(self, folder: str | Path, *, trust_remote_code: bool = False) -> None:
         self.folder = find_tokenizer(Path(folder))
         self.config = _read_json(self.folder / "tokenizer_config.json")
-        if (self.folder / FAST).is_file():
-            self._engine: Engine = Fast(self.folder / FAST)
-        else:
-            self._engine = load_slow(self.folder, trust_remote_code)
+        self._engine = load(_described(self.folder), trust_remote_code)
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; special tokens only where the text spells them out."""
@@ -89,12 +87,12 @@ class Tokenizer:
     def eod_id(self) -> int:
         """The id that ends a document: the eos token of the folder's configuration."""
         found = self._special("eos_token")
-        if found is None:
-            found = next(iter(self._generation_eos), None)
+        for name in ("generation_config.json", "config.json"):
+            found = next(iter(self._eos_of(name)), None) if found is None else found
         if found is None:
             raise UserError(
                 f"{self.folder}: no end-of-document token; expected eos_token in tokenizer_config.json or "
-                "special_tokens_map.json, or eos_token_id in generation_config.json; add one of them"
+                "special_tokens_map.json, or eos_token_id in generation_config.json or config.json; add one of them"
             )
         return found
 
@@ -111,7 +109,24 @@ class Tokenizer:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end a generated text: those of generation_config.json, else ``eod_id``."""
-        return self._generation_eos or (self.eod_id,)
+        return self._eos_of("generation_config.json") or (self.eod_id,)
+
+    @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The special ids that the model expects before a text: bos of Llama 2, [gMASK] sop of ChatGLM, often none."""
+        return tuple(self._engine.prefix())
+
+    @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """Name -> Jinja text of each chat template; the usual one is "default". Files outdo tokenizer_config.json."""
+        said = _read_json(self.folder / "chat_template.json").get("chat_template") or self.config.get("chat_template")
+        listed = said if isinstance(said, list) else [{"name": "default", "template": said}] if said else []
+        found = {entry["name"]: entry["template"] for entry in listed}
+        for path in sorted(
+            [*self.folder.glob("chat_template.jinja"), *self.folder.glob("additional_chat_templates/*")]
+        ):
+            found["default" if path.parent == self.folder else path.stem] = path.read_text(encoding="utf-8")
+        return found
 
     @cached_property
     def digest(self) -> str:
@@ -125,19 +140,17 @@ class Tokenizer:
 
     def _special(self, name: str) -> int | None:
         for where in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = _read_json(self.folder / where).get(name)
-            token = token.get("content") if isinstance(token, dict) else token
+            token = token_text(_read_json(self.folder / where).get(name))
             if token is None:
                 continue
             found = self.token_id(token)
             if found is None:
                 raise UserError(f"{self.folder / where}: {name} {token!r} is not in the vocabulary; correct it")
             return found
-        return None
+        return self._engine.special(name)
 
-    @cached_property
-    def _generation_eos(self) -> tuple[int, ...]:
-        eos = _read_json(self.folder / "generation_config.json").get("eos_token_id")
+    def _eos_of(self, file: str) -> tuple[int, ...]:
+        eos = _read_json(self.folder / file).get("eos_token_id")
         return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
@@ -197,10 +210,15 @@ def _tracked(tracker: Path) -> str:
     return f"iter_{int(text):07d}"
 
 
+def _described(folder: Path) -> Folder:
+    return Folder(folder, _read_json(folder / "tokenizer_config.json"), _read_json(folder / "added_tokens.json"))
+
+
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy tokenizer, chat-template and generation files into the folder ``target``; the names copied."""
     found = find_tokenizer(source)
-    names = sorted({path.relative_to(found) for pattern in TOKENIZER_FILES for path in found.glob(pattern)})
+    patterns = (*TOKENIZER_FILES, CODE) if _described(found).code else TOKENIZER_FILES
+    names = sorted({path.relative_to(found) for pattern in patterns for path in found.glob(pattern)})
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(found / name, target / name)

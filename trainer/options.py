@@ -18,6 +18,7 @@ class TrainOptions(Parallel):
         "start from random weights for this config.json (or the folder that holds it)", None
     )
     tokenizer: Optional[Path] = opt("tokenizer folder, where --model or --init-from brings none", None)
+    trust_remote_code: bool = opt("run the tokenizer's own Python code, for folders without tokenizer.json", False)
     device: Literal["auto", "cpu", "gpu"] = opt("what to compute on", "auto")
     precision: Literal["fp32", "bf16"] = opt(
         "of weights and activations; bf16 keeps fp32 masters and gradients", "fp32"

@@ -89,7 +89,7 @@ def make_plan(options: PretrainOptions) -> Plan:
     if resumed is not None:
         checkpoint.refuse_other_model(given, resumed)
     source = checkpoint.find_source(begin, None if resumed else options.tokenizer)
-    hf, tokenizer = source.hf, Tokenizer(source.tokenizer)
+    hf, tokenizer = source.hf, Tokenizer(source.tokenizer, trust_remote_code=options.trust_remote_code)
     options.check_model(family.find(hf).transformer_config(hf))
     data.check_data(options, tokenizer, family.vocab_size(hf))
     size = options.data_parallel_size(parallel.world_size())

@@ -41,6 +41,7 @@ class Options(Common):
     tokenizer: Optional[Path] = opt(
         "folder with a tokenizer: copied, and vocab_size and the ids of bos, eos and pad follow from it", None
     )
+    trust_remote_code: bool = opt("run the tokenizer's own Python code, for folders without tokenizer.json", False)
     vocab_multiple: int = opt("round vocab_size of the tokenizer up to a multiple of this many tokens", 1)
     seed: int = opt("seed of the random weights", 1234)
     dtype: Literal["bf16", "fp16", "fp32"] = opt("type of the weights", "bf16")
@@ -64,7 +65,7 @@ def new_model(options: Options) -> None:
     refuse_existing(options.target, options.force)
     settings = {key: _value(text) for key, _, text in (setting.partition("=") for setting in options.set)}
     if options.tokenizer is not None:
-        settings = _of_tokenizer(options.tokenizer, options.vocab_multiple, settings)
+        settings = _of_tokenizer(options, options.tokenizer, settings)
     config = _config(options, settings)
     about = {"seed": options.seed, "dtype": options.dtype}
     with staged_folder(options.target, tool="mp-new-model", force=options.force, about=about) as stage:
@@ -79,11 +80,11 @@ def _value(text: str) -> Any:
         return text
 
 
-def _of_tokenizer(folder: Path, multiple: int, settings: dict[str, Any]) -> dict[str, Any]:
+def _of_tokenizer(options: Options, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """``settings`` with the vocabulary's size and the special ids; a size that is set must hold the vocabulary."""
     from megapatch.models.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(folder)
+    tokenizer, multiple = Tokenizer(folder, trust_remote_code=options.trust_remote_code), options.vocab_multiple
     size = -(-tokenizer.vocab_size // multiple) * multiple
     if settings.get("vocab_size", size) < size:
         raise UserError(f"--set vocab_size={settings['vocab_size']}: the tokenizer needs {size}")

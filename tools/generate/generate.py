@@ -50,7 +50,7 @@ class Options(Parallel):
     stop_token_id: list[int] = opt(
         "a token that ends the text, besides the model's own; may be repeated", [], nargs=1, repeat=True, metavar="ID"
     )
-    add_bos: bool = opt("start each text prompt with the tokenizer's bos token", False)
+    add_bos: bool = opt("start each text prompt as the tokenizer does: with bos, or [gMASK] sop", False)
     batch_size: int = opt("prompts that are continued at the same time", 8)
     logprobs: bool = opt("also write the natural logarithm of each token's probability, before temperature", False)
     engine: Literal["megapatch", "transformers"] = opt(
@@ -134,7 +134,7 @@ def _check(options: Options, tokenizer: Any, hf: Any, is_core: bool) -> None:
             f"{tokenizer.folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocab_size is "
             f"{vocab_size}; give the --tokenizer that belongs to the model"
         )
-    if options.add_bos and tokenizer.bos_id is None:
+    if options.add_bos and not tokenizer.prefix_ids and tokenizer.bos_id is None:
         raise UserError(f"--add-bos: {tokenizer.folder} names no bos_token in tokenizer_config.json")
     world, needed = parallel.world_size(), max(options.tp, options.expert_tp * options.ep)
     if world != needed:

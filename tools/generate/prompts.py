@@ -92,8 +92,9 @@ class Reader:
         ids = self.tokenizer.encode(text)
         if not self.add_bos:
             return ids
-        assert self.tokenizer.bos_id is not None, "checked when the tool started"
-        return [self.tokenizer.bos_id, *ids]
+        bos = self.tokenizer.bos_id
+        assert self.tokenizer.prefix_ids or bos is not None, "checked when the tool started"
+        return [*(self.tokenizer.prefix_ids or (bos,)), *ids]
 
     def _sampling(self, line: Mapping[str, Any], where: str) -> Sampling:
         """The line's own fields over the command line's; stop strings and ids add to those."""

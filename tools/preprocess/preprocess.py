@@ -35,7 +35,7 @@ class Options(InputOptions):
     PREFIX.manifest.json says which tokenizer, options and inputs made them. The files do not depend on --workers.
     """
 
-    tokenizer: Path = opt("Hugging Face folder with tokenizer.json, or a core checkpoint", metavar="DIR")
+    tokenizer: Path = opt("Hugging Face folder with a tokenizer, or a core checkpoint", metavar="DIR")
     output_prefix: Path = opt(
         "path of the three files written, without .bin, .idx and .manifest.json", metavar="PREFIX"
     )
