@@ -22,6 +22,7 @@ class Kind:
     shape: tuple[int, ...]
     parts: int
     size: int
+    file: str  # empty where they lie in several
 
     @property
     def parameters(self) -> int:
@@ -33,7 +34,7 @@ def fold(items: Iterable[Item], whole: bool = False) -> list[Kind]:
     """The kinds of tensors in the order of their first; with ``whole`` every tensor for itself."""
     groups: dict[tuple[object, ...], list[Item]] = {}
     for item in items:
-        name = f"{item.file}: {item.name}" if whole else _NUMBER.sub("*", item.name)
+        name = (item.name, item.file) if whole else _NUMBER.sub("*", item.name)
         groups.setdefault((name, item.dtype, item.shape), []).append(item)
     return [_kind(group, whole) for group in groups.values()]
 
@@ -44,7 +45,8 @@ def _kind(group: Sequence[Item], whole: bool) -> Kind:
     spans = iter([spans_of({int(number) for number in column}) for column in columns])
     name = first.name if whole else _NUMBER.sub(lambda _: next(spans), first.name)
     parts, size = sum(item.parts for item in group), sum(item.size for item in group)
-    return Kind(printable(name), len(group), first.dtype, first.shape, parts, size)
+    file = first.file if all(item.file == first.file for item in group) else ""
+    return Kind(printable(name), len(group), first.dtype, first.shape, parts, size, printable(file))
 
 
 def spans_of(numbers: set[int]) -> str:
@@ -64,23 +66,23 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def table(kinds: Sequence[Kind]) -> list[str]:
-    """Lines of at most 120 columns (unless a name alone is longer)."""
-    head = ("tensor", "count", "dtype", "shape", "parts", "bytes")
-    rows = [(k.name, f"{k.count:,}", k.dtype, str(list(k.shape)), f"{k.parts:,}", f"{k.size:,}") for k in kinds]
-    widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
-    widths[0] = min(widths[0], max(20, WIDTH - sum(widths[1:]) - 2 * (len(head) - 1)))
-    return [_line(row, widths) for row in [head, tuple("-" * width for width in widths), *rows]]
+def table(kinds: Sequence[Kind], whole: bool = False) -> list[str]:
+    """Lines of at most 120 columns; with ``whole`` the file of each tensor too."""
+    head = ["tensor", "count", "dtype", "shape", "parts", "bytes", "file"]
+    rows = [[k.name, f"{k.count:,}", k.dtype, str(list(k.shape)), f"{k.parts:,}", f"{k.size:,}", k.file] for k in kinds]
+    lines = [row if whole else row[:-1] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths[0] = min(widths[0], max(20, WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
+    lines.insert(1, ["-" * width for width in widths])
+    return ["  ".join(_cells(line, widths)).rstrip() for line in lines]
 
 
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    name = (
-        row[0]
-        if len(row[0]) <= widths[0]
-        else f"{row[0][: widths[0] // 2 - 2]}...{row[0][-(widths[0] - widths[0] // 2 - 1) :]}"
-    )
-    left = (name.ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]), row[3].ljust(widths[3]))
-    return "  ".join([*left, row[4].rjust(widths[4]), row[5].rjust(widths[5])]).rstrip()
+def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """The cells of a line in their widths: numbers to the right, a name that is too long without its middle."""
+    name, width = row[0], widths[0]
+    shown = name if len(name) <= width else f"{name[: width // 2 - 2]}...{name[-(width - width // 2 - 1) :]}"
+    sides = (str.ljust, str.rjust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust)
+    return [side(cell, width) for side, cell, width in zip(sides, [shown, *row[1:]], widths, strict=False)]
 
 
 def by_dtype(items: Iterable[Item]) -> Mapping[str, dict[str, int]]:

@@ -22,8 +22,8 @@ verdict: complete, all that config.json asks for is there, in its shape, and eve
   verified, the content is what manifest.json says (foreign folders have none);
   safe, the pickles name nothing that could run when they are loaded. Exit status 1 when one of them is "no".
 --json: one object: path, kind (hf, core, legacy), model, layout, dtypes, state (optimizer and the like), tensors
-  (name, count, dtype, shape, parts, bytes, parameters; folded unless --all), notes, verdict (true, false, or null:
-  nothing to tell it by) and problems ([verdict, what is wrong]).
+  (name, count, dtype, shape, parts, bytes, parameters, file; folded unless --all), notes, verdict (true, false, or
+  null: nothing to tell it by) and problems ([verdict, what is wrong]).
 """
 _ANSWERS = {True: "yes", False: "NO", None: "not known"}
 
@@ -57,7 +57,7 @@ def inspect(options: Options) -> int:
     if options.json:
         print(json.dumps(said | {"tensors": [_said_of(kind) for kind in kinds]}, ensure_ascii=False))
     else:
-        sys.stdout.writelines(f"{line}\n" for line in [*table(kinds), "", *lines(said)])
+        sys.stdout.writelines(f"{line}\n" for line in [*table(kinds, options.all), "", *lines(said)])
     return FAILED if False in verdict.values() else OK
 
 
