@@ -111,7 +111,7 @@ class Options(Common):
         if self.verify and self.dry_run:
             raise ValueError("--verify: not with --dry-run, which neither writes nor reads weights")
         self.layout()
-        if (self.make_vocab_size_divisible_by or 1) < 1:
+        if self.make_vocab_size_divisible_by is not None and self.make_vocab_size_divisible_by < 1:
             raise ValueError("--make-vocab-size-divisible-by must be 1 or more")
 
     def layout(self) -> Parallel:

@@ -1,7 +1,6 @@
 """A Hugging Face folder as a source of core weights."""
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,10 @@ class HfSource:
         model = model_of(folder, {key: value for key, value in config.items() if key != _QUANTISED})
         self.model = Model(model.config, model.layout, model.files, None if self.block else model.index)
         wanted = {name for placed in self.model.layout.placed for name in placed.hf}
-        self.tensors = full_names(hf_files.tensors(folder), wanted, family.find(config).prefix)
+        stored = hf_files.tensors(folder)
+        names = family.full_names(config, stored, wanted)
+        self.tensors = {name: stored[there] for there, name in names.items()}
+        self.notes += [f"{n}: left out; it is computed from config.json" for n in sorted(stored.keys() - names.keys())]
         self.scales = {name: self.tensors.pop(name + _SCALE) for name in wanted if name + _SCALE in self.tensors}
         self._account(wanted)
 
@@ -77,12 +79,10 @@ class HfSource:
         for name, scale in self.scales.items():
             if found[name].dtype != FP8:
                 raise UserError(f"{scale.name}: scales of {name}, which is {found[name].dtype}; expected {FP8}")
-        twins, buffers = tied(self.model.config), family.find(self.model.config).buffers
+        twins = tied(self.model.config)
         for name in sorted(found.keys() - wanted):
             twin = twins.get(name)
-            if any(fnmatchcase(name, pattern) for pattern in buffers):
-                self.notes.append(f"{name}: left out; it is computed from config.json")
-            elif twin and same_bytes(found[name], found[twin]):
+            if twin and same_bytes(found[name], found[twin]):
                 self.notes.append(f"{name}: left out; it is equal to {twin}, and config.json ties them")
             elif twin:
                 raise UserError(
@@ -91,13 +91,6 @@ class HfSource:
                 )
             else:
                 raise UserError(f"{name}: has no place in a {layout.model_type} model; is this the right config.json?")
-
-
-def full_names(found: Mapping[str, Tensor], wanted: set[str], prefix: str) -> dict[str, Tensor]:
-    """A folder's tensors by the names of the whole model: files of the bare model lack the family's prefix."""
-    if any(name.startswith(prefix) for name in found):
-        return dict(found)
-    return {name if name in wanted else prefix + name: tensor for name, tensor in found.items()}
 
 
 def _block_sizes(config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -67,7 +67,8 @@ class LegacySource:
         wanted = find(self.model.config).transformer_config(self.model.config)["num_layers"]
         if (total := sum(map(sum, layers))) != wanted:
             raise UserError(
-                f"{self.folder}: {total} layers in the files, {wanted} in config.json; is this the right config.json?"
+                f"{self.folder}: {total} layers in the files, {wanted} in config.json; are files of a stage "
+                "missing, or is it the config.json of another model?"
             )
         return Stages(layers)
 
