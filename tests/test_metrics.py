@@ -45,7 +45,7 @@ def test_flops_are_three_times_what_pytorch_counts_forward(kind: str, changes: d
     sizes = config.kv_channels + getattr(config, "v_head_dim", config.kv_channels)  # of a head: q and k; v
     upper_half = config.num_layers * config.num_attention_heads * sizes * SEQUENCE**2
     expected = 3 * (counter.get_total_flops() - upper_half) / SEQUENCE
-    assert flops_per_token(config, hf["vocab_size"], SEQUENCE, sum(mixture_layers(config))) == expected
+    assert flops_per_token(config, family.vocab_size(hf), SEQUENCE, sum(mixture_layers(config))) == expected
 
 
 @pytest.mark.parametrize(("kind", "changes"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
