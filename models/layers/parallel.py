@@ -1,0 +1,41 @@
+"""Layers whose attention and feed-forward read the same input and are added together (Falcon)."""
+
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+
+class ParallelLayer(TransformerLayer):
+    """x + attention(norm(x)) + mlp(norm(x)), each with a norm of its own. Dropout of the results is not supported."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
+        """[s, b, h] -> [s, b, h], and the context, which decoders have none of."""
+        known = ("inference_context", "rotary_pos_emb", "packed_seq_params")
+        given = {key: value for key, value in kwargs.items() if key in known}
+        normed = self.input_layernorm(hidden_states)
+        other = self.mlp_input(hidden_states, normed)
+        attended, mixed = self.self_attention(normed, attention_mask=attention_mask, **given), self.mlp(other)
+        for result, bias in (attended, mixed):
+            hidden_states = hidden_states + (result if bias is None else result + bias)
+        return hidden_states, None
+
+    def mlp_input(self, hidden_states: Tensor, normed: Tensor) -> Tensor:
+        """What the feed-forward reads, [s, b, h]; ``normed`` is what attention reads."""
+        return self.pre_mlp_layernorm(hidden_states)
+
+
+class SharedNormLayer(ParallelLayer):
+    """x + attention(n) + mlp(n) where n = norm(x)."""
+
+    def __init__(
+        self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(config, replace(submodules, pre_mlp_layernorm=IdentityOp), *args, **kwargs)
+
+    def mlp_input(self, hidden_states: Tensor, normed: Tensor) -> Tensor:
+        """What attention reads, [s, b, h]."""
+        return normed
