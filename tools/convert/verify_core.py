@@ -19,9 +19,7 @@ from megapatch.models.parallel import Parallel
 from megapatch.models.shapes import Layout
 from megapatch.tools.convert.verify_points import Watch, Weight
 from megapatch.tools.convert.verify_read import CoreWeights
-from megapatch.tools.convert.verify_stream import Engine, Unit, empty_parameters
-
-UNITS = ("embedding.word_embeddings", "decoder.final_layernorm", "output_layer")  # besides the layers
+from megapatch.tools.convert.verify_stream import OUTER, Engine, Unit, empty_parameters
 
 
 class CoreFolder:
@@ -53,7 +51,7 @@ def engine(folder: Path, hf: HfConfig, ids: Tensor, device: Device, precision: A
     _fill_buffers({name: entry for name, entry in entries.items() if not entry.data.is_meta}, source)
     meaning = _meaning(entries, Layout(hf))
     layers = {f"decoder.layers.{n}": n for n in range(len(model.decoder.layers))}
-    units: dict[str, Unit] = {**layers, **{name: name for name in UNITS}}
+    units: dict[str, Unit] = {**layers, **{name: name for name in OUTER}}
     positions = ids.new_tensor(range(ids.shape[1])).expand_as(ids)
     b, s = ids.shape
 
@@ -73,7 +71,7 @@ def engine(folder: Path, hf: HfConfig, ids: Tensor, device: Device, precision: A
         units=units,
         load=values,
         watch=watch.layer,
-        outward=lambda x, unit: x if unit == UNITS[0] else x.transpose(0, 1),  # [s, b, ...] -> [b, s, ...]
+        outward=lambda x, unit: x if unit == OUTER[0] else x.transpose(0, 1),  # [s, b, ...] -> [b, s, ...]
         inward=lambda x: x.transpose(0, 1).contiguous().to(model.config.params_dtype),
         about=f"{folder}: megatron-core, {precision}",
         leaves=watch.leaves,

@@ -22,7 +22,7 @@ from megapatch.models.family import HfConfig
 from megapatch.models.load import HfWeights
 from megapatch.models.shapes import Layout
 from megapatch.tools.convert.verify_points import KEY, QUERY, Watch, Weight
-from megapatch.tools.convert.verify_stream import Engine, Unit, empty_parameters
+from megapatch.tools.convert.verify_stream import OUTER, Engine, Unit, empty_parameters
 from megapatch.tools.convert.verify_switches import plain_attention
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def _units(model: Any, meaning: Mapping[str, Sequence[Weight]], layout: Layout) 
     units: dict[str, Unit] = {}
     for name, (weight, *_) in meaning.items():
         layer, core = weight.placed.layer, weight.placed.rule.core
-        if layer is None and core.endswith(".weight"):
+        if layer is None and core.removesuffix(".weight") in OUTER:
             units[name.removesuffix(".weight")] = core.removesuffix(".weight")
         elif layer is not None:
             before, found, _ = name.partition(f".{layer}.")

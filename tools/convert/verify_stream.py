@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 CHAINED, ISOLATED = "chained", "isolated"  # on the model's own hidden states; on those of the reference
+OUTER = ("embedding.word_embeddings", "decoder.final_layernorm", "output_layer")  # units that are no layers
 Unit = int | str  # number of a layer from 0, or core's name of the embedding, the final norm, the output layer
 Switch = Callable[[nn.Module], AbstractContextManager[None]]  # computes a unit another way while the context lasts
 

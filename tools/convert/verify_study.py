@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 def in_step(engines: Sequence[Engine]) -> Iterator[tuple[Step, ...]]:
     """The same unit of every engine, one after the other; each also runs on the first one's input."""
+    shared = set.intersection(*(set(engine.units.values()) for engine in engines))
+    for engine in engines:  # such as a norm without weights, which no rule tells of
+        engine.units = {path: unit for path, unit in engine.units.items() if unit in shared}
     with ExitStack() as stack:
         first, *others = [stack.enter_context(Pass(engine)) for engine in engines]
         while (step := first.next()) is not None:
@@ -64,6 +67,9 @@ def gate(reference: Engine, target: Engine, atol: float) -> Gate:
         place = name(ours.unit) + (f" of {count}" if isinstance(ours.unit, int) else "")
         alone, chained = (made.rows[-1][kind] for kind in (ISOLATED, CHAINED))
         log.info("%s: alone %s, chained %s", place, _said(alone), _said(chained))
+        if ours.unit == 0 and ours.input is not None and theirs.input is not None:
+            entered = difference(theirs.input, ours.input)  # whatever a family adds to embeddings, or does to them
+            made.first = made.first or (_where("embedding", "") | entered if departs(entered, atol) else None)
         if made.first is None and departs(alone, atol):
             made.first = _named(ours, theirs, atol)
         if made.grown is None and departs(chained, atol):
