@@ -83,6 +83,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # what config.json allows b
         "deepseek_v3",
         {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "rms_norm_eps": 1e-3, "num_nextn_predict_layers": 0},
     ),
+    "mixtral with windows": ("mixtral", {"sliding_window": 16}),
+    "qwen2 with windows in the upper layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+    ),
+    "qwen3 with windows in every second layer": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
     "mistral without windows": ("mistral", {"sliding_window": None, "head_dim": None}),
     "mistral with windows longer than the text": ("mistral", {"sliding_window": 128}),
     "bloom with heads that are no power of two": ("bloom", {"n_head": 6, "hidden_size": 48}),
@@ -117,10 +130,14 @@ UNSUPPORTED = {  # config.json settings that must be refused by name
     "gpt2": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "add_cross_attention": True},
     "starcoder2": {"norm_type": "rms", "mlp_type": "gated", "hidden_act": "silu", "residual_dropout": 0.1},
     "llama": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "rope_parameters": {"rope_type": "yarn"}},
-    "qwen2": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
-    "qwen3": {"attention_bias": True, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "qwen2": {"hidden_act": "relu", "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "qwen3": {
+        "attention_bias": True,
+        "layer_types": ["chunked_attention"] * 4,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    },
     "qwen3_moe": {"attention_bias": True, "hidden_act": "relu"},
-    "mixtral": {"sliding_window": 4096, "router_jitter_noise": 0.1},
+    "mixtral": {"layer_types": ["sliding_attention"] * 4, "router_jitter_noise": 0.1},
     "qwen2_moe": {"use_sliding_window": True, "hidden_act": "relu"},
     "deepseek_v2": {
         "attention_bias": True,
@@ -203,11 +220,30 @@ def test_an_unsupported_setting_is_refused_by_name(name: str, key: str) -> None:
         family.rope(changed)
 
 
-def test_mixtral_has_no_switch_for_its_windows() -> None:
-    hf = {"model_type": "mixtral", "rms_norm_eps": 1e-6, **family.known()["mixtral"].tiny, "sliding_window": 8}
-    for switch in ({}, {"use_sliding_window": False}):  # transformers does not read the switch
-        with pytest.raises(cli.UserError, match="sliding_window is 8; mixtral supports None only"):
-            family.placed_rules(hf | switch)
+WINDOWS: dict[tuple[str, str], tuple[tuple[int, int] | None, list[int] | None]] = {  # said -> (before, after), layers
+    ("mixtral", '{"sliding_window": 8}'): ((7, 0), None),
+    ("mixtral", '{"sliding_window": 8, "use_sliding_window": false}'): ((7, 0), None),  # not read by transformers
+    ("mistral", '{"sliding_window": null}'): (None, None),
+    ("starcoder2", '{"sliding_window": null}'): (None, None),
+    ("qwen2", '{"sliding_window": 8}'): (None, None),
+    ("qwen2", '{"sliding_window": null, "use_sliding_window": true}'): (None, None),
+    ("qwen2", '{"sliding_window": 8, "use_sliding_window": true}'): (None, None),  # max_window_layers is 28
+    ("qwen2", '{"sliding_window": 8, "use_sliding_window": true, "max_window_layers": 1}'): ((7, 0), [0, 1, 1, 1]),
+    ("qwen3", '{"use_sliding_window": true, "max_window_layers": 0}'): ((4095, 0), [1, 1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize(("name", "said"), WINDOWS)
+def test_windows_are_those_that_config_json_says(name: str, said: str) -> None:
+    hf = {"model_type": name, "rms_norm_eps": 1e-6, **family.known()[name].tiny, **json.loads(said)}
+    fields = family.find(hf).transformer_config(hf)
+    assert (fields["window_size"], fields.get("window_attn_skip_freq")) == WINDOWS[name, said]
+
+
+def test_a_mistral_that_does_not_say_has_the_windows_of_its_first_version() -> None:
+    hf = {"model_type": "mistral", "rms_norm_eps": 1e-6, **family.known()["mistral"].tiny}
+    del hf["sliding_window"]
+    assert family.find(hf).transformer_config(hf)["window_size"] == (4095, 0)
 
 
 OLD_SPELLING = {  # transformers 4: config.json of published models
