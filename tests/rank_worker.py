@@ -4,6 +4,7 @@
 
 cases.json: [{"hf": folder, "layout": {option: value}, "core": torch_dist checkpoint to load, "chunked": another of the
 same weights, "exact": whether its chunks are those of this layout, "legacy": checkpoint of this layout to compare,
+"own": whether megatron-core's own specification has this model (else ours, of the same modules and names),
 "saved": where this process's ranks save their files, "args": whether with options and training state, "apart": where
 dist_checkpointing.save puts one with singleton_local_shards}].
 """
@@ -24,18 +25,21 @@ from megapatch.models import device, family, parallel
 Chunks = list[dict[str, Any]]
 
 
-def oracle(hf: dict[str, Any], options: parallel.Parallel, found: device.Device, core: Path) -> Chunks:
-    """The state_dict of each chunk of this rank, of weights that unmodified dist_checkpointing.load read."""
+Models = list[torch.nn.Module]
+
+
+def oracle(hf: dict[str, Any], options: parallel.Parallel, found: device.Device, core: Path) -> Models:
+    """The chunks of this rank, with weights that unmodified dist_checkpointing.load read."""
     from megapatch.models.build import ModelOptions, build
     from megapatch.models.load import load_core
 
     device.seed_everything(dist.get_rank(), 0)
     chunks = build(hf, ModelOptions(options, found))
     load_core(chunks, core)
-    return [chunk.state_dict() for chunk in chunks]
+    return chunks
 
 
-def own_models(hf: dict[str, Any], options: parallel.Parallel, found: device.Device) -> list[torch.nn.Module]:
+def own_models(hf: dict[str, Any], options: parallel.Parallel, found: device.Device) -> Models:
     """The chunks of this rank as megatron-core's own local specification builds them."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -50,12 +54,12 @@ def own_models(hf: dict[str, Any], options: parallel.Parallel, found: device.Dev
             GPTModel(
                 config,
                 get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage),
-                vocab_size=padded_vocabulary(hf["vocab_size"], options.tp),
+                vocab_size=padded_vocabulary(family.vocab_size(hf), options.tp),
                 max_sequence_length=64,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 share_embeddings_and_output_weights=family.tied_embeddings(hf),
-                position_embedding_type="rope",
+                position_embedding_type=family.positions(hf),
                 vp_stage=stage,
             )
         )
@@ -84,7 +88,8 @@ def weights(state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
 
 def compare(state: dict[str, Any], expected: Chunks, case: dict[str, Any]) -> None:
     """A rank's file holds what core holds; the rows that pad the vocabulary are zero there."""
-    args, vocabulary = state["args"], json.loads((Path(case["hf"]) / "config.json").read_text())["vocab_size"]
+    args = state["args"]
+    vocabulary = family.vocab_size(json.loads((Path(case["hf"]) / "config.json").read_text()))
     assert state["checkpoint_version"] == 3.0 and state["iteration"] == 0
     assert args.tensor_model_parallel_size == case["layout"].get("tp", 1)
     for key, chunk in zip(keys(len(expected)), expected, strict=True):
@@ -100,7 +105,7 @@ def compare(state: dict[str, Any], expected: Chunks, case: dict[str, Any]) -> No
             assert torch.equal(found, tensor), name
 
 
-def save_as_megatron_does(models: list[torch.nn.Module], case: dict[str, Any]) -> None:
+def save_as_megatron_does(models: Models, case: dict[str, Any]) -> None:
     """The files of --ckpt-format torch, some with options and training state, and a torch_dist checkpoint."""
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as mpu
@@ -135,7 +140,7 @@ def reads_each_byte_once(hf: dict[str, Any], options: parallel.Parallel, found: 
             lead = tensor.prepend_axis_num
             offsets, sizes = tuple(tensor.global_offset), (*(1,) * lead, *tensor.local_shape)
             if tensor.allow_shape_mismatch:  # rows that pad the vocabulary are not stored
-                sizes = (min(sizes[0], hf["vocab_size"] - offsets[0]), *sizes[1:])
+                sizes = (min(sizes[0], family.vocab_size(hf) - offsets[0]), *sizes[1:])
             assert (tensor.key, offsets, sizes) in chunks, (tensor.key, offsets, sizes)
 
 
@@ -146,15 +151,18 @@ def check(case: dict[str, Any]) -> None:
 
     try:
         hf = json.loads((Path(case["hf"]) / "config.json").read_text())
-        expected = oracle(hf, options, found, Path(case["core"]))
+        models = oracle(hf, options, found, Path(case["core"]))
+        expected = [model.state_dict() for model in models]
         again = oracle(hf, options, found, Path(case["chunked"]))
         for first, second in zip(expected, again, strict=True):
-            assert all(torch.equal(second[name], tensor) for name, tensor in weights(first))
+            loaded = second.state_dict()
+            assert all(torch.equal(loaded[name], tensor) for name, tensor in weights(first))
         if case["exact"]:
             reads_each_byte_once(hf, options, found, Path(case["chunked"]))
         state = torch.load(file_of(Path(case["legacy"])), map_location="cpu")
         compare(state, expected, case)
-        models = own_models(hf, options, found)
+        if case["own"]:
+            models = own_models(hf, options, found)
         for key, model in zip(keys(len(models)), models, strict=True):
             model.load_state_dict(state[key], strict=True)
         save_as_megatron_does(models, case)

@@ -21,6 +21,7 @@ class Case(NamedTuple):
     layout: str
     chunk: str
     changes: dict
+    own: bool = True  # whether megatron-core's own specification has the model
 
 
 OTHER_CHUNKS = "PP2 VPP2, chunks of TP2"
@@ -32,6 +33,12 @@ CASES = {
     "dense and mixture layers, TP2 EP2": Case("qwen3_moe", "--tp 2 --ep 2", "tp=2,ep=2", {"vocab_size": 97}),
     "mixtures, TP2 PP2 EP2, experts whole": Case("mixtral", "--tp 2 --pp 2 --ep 2 --etp 1", "tp=2,etp=1,ep=2", {}),
     "mixtures, EP4": Case("mixtral", "--ep 4", "ep=4", {}),
+    "shared experts, TP2 EP2": Case("qwen2_moe", "--tp 2 --ep 2", "tp=2,ep=2", {}),
+    "latent attention, TP2 EP2": Case("deepseek_v3", "--tp 2 --ep 2", "tp=2,ep=2", {}, own=False),
+    "latent attention, TP4": Case("deepseek_v2", "--tp 4", "tp=4", {}, own=False),
+    "LayerNorm, biases, learned positions, transposed, TP2 PP2": Case("gpt2", "--tp 2 --pp 2", "tp=2,pp=2", {}),
+    "ALiBi, norm of the embedding, TP2 PP2": Case("bloom", "--tp 2 --pp 2", "tp=2", {}, own=False),
+    "parallel attention, TP2": Case("falcon", "--tp 2", "tp=2", {}, own=False),
 }
 
 
@@ -50,7 +57,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
         make(folder / "hf", case.family, dtype=torch.float32, **case.changes)
         convert(folder / "hf", folder / "core")
         one = ("--make-vocab-size-divisible-by", "1")
-        convert(folder / "core", folder / "chunked", "--to", "core", "--chunk", case.chunk, *one)
+        convert(folder / "core", folder / "chunked", "--to", "core", "--chunk", case.chunk, "--spec", "local", *one)
         local = ("--spec", "local", "--experts", "sequential")
         convert(folder / "core", folder / "legacy", "--to", "legacy", *case.layout.split(), *one, *local)
         words = case.layout.replace("--", "").split()
@@ -58,7 +65,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
         layout |= {"sequence_parallel": True} if layout.get("tp", 1) > 1 else {}
         paths = {kind: str(folder / kind / "release") for kind in ("core", "chunked", "legacy")}
         paths |= {"hf": str(folder / "hf"), "saved": str(folder / "saved"), "apart": str(folder / "apart")}
-        cases.append({"layout": layout, "args": n % 2 == 0, "exact": name != OTHER_CHUNKS} | paths)
+        cases.append({"layout": layout, "args": n % 2 == 0, "exact": name != OTHER_CHUNKS, "own": case.own} | paths)
     (root / "cases.json").write_text(json.dumps(cases))
     command = [*TORCHRUN, "--nproc-per-node", "4", str(ROOT / "tests" / "rank_worker.py"), str(root / "cases.json")]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)

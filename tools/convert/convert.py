@@ -78,7 +78,7 @@ class Options(Common):
         "rows of the embedding on each rank of a layout are a multiple of this (default: 128, as Megatron-LM)", None
     )
     spec: Optional[str] = opt(
-        "names in a legacy target: of Transformer Engine's layers or of core's own (default: te)",
+        "layers of the model that loads a legacy or chunked target: Transformer Engine's or core's own (default: te)",
         None,
         choices=["te", "local"],
     )
@@ -121,10 +121,11 @@ class Options(Common):
 
 _SIZES = ("tp", "pp", "vpp", "ep", "etp")
 _ONLY = {  # option -> the targets for which it can take effect
-    **dict.fromkeys((*_SIZES, "spec", "experts"), ("legacy",)),
+    **dict.fromkeys((*_SIZES, "experts"), ("legacy",)),
     "chunk": ("core",),
     "max_shard_size": ("hf",),
     "make_vocab_size_divisible_by": ("legacy", "core"),
+    "spec": ("legacy", "core"),
 }
 
 
@@ -190,8 +191,9 @@ def _refuse_options(options: Options, kind: str, to: str) -> None:
             raise UserError(f"--{name.replace('_', '-')}: only for --to {' or '.join(targets)}; this is --to {to}")
     if options.config is not None and kind == "hf":
         raise UserError("--config: only for a checkpoint; a Hugging Face folder has its own config.json")
-    if to == "core" and options.make_vocab_size_divisible_by is not None and options.chunk is None:
-        raise UserError("--make-vocab-size-divisible-by: needs --chunk; whole weights are stored without padding")
+    for name in ("make_vocab_size_divisible_by", "spec"):
+        if to == "core" and getattr(options, name) is not None and options.chunk is None:
+            raise UserError(f"--{name.replace('_', '-')}: needs --chunk; weights that are whole fit every model")
 
 
 @contextlib.contextmanager
@@ -207,15 +209,15 @@ def opened(kind: str, folder: Path, config: Path | None) -> Iterator[Source]:
 
 
 def _plan(options: Options, to: str, source: Source) -> Plan:
-    hf, multiple = source.model.config, options.make_vocab_size_divisible_by or 128
+    hf, multiple, spec = source.model.config, options.make_vocab_size_divisible_by or 128, options.spec or "te"
     if to == "hf":
         limit = options.max_shard_size
         return to_hf.plan(source, options.dtype, None if limit is None else shard_bytes(limit))
     if to == "core":
         layout = None if options.chunk is None else chunk_layout(options.chunk)
-        return to_core.plan(source, options.dtype, None if layout is None else ranks_of(hf, layout, multiple))
-    names = to_legacy.Names(options.spec or "te", options.experts or "grouped")
-    return to_legacy.plan(source, options.dtype, ranks_of(hf, options.layout(), multiple, names.spec), names)
+        return to_core.plan(source, options.dtype, None if layout is None else ranks_of(hf, layout, multiple, spec))
+    names = to_legacy.Names(spec, options.experts or "grouped")
+    return to_legacy.plan(source, options.dtype, ranks_of(hf, options.layout(), multiple, spec), names)
 
 
 def refuse_overlap(source: Path, target: Path, root: Path) -> None:

@@ -32,7 +32,7 @@ class Ranks:
     num_experts: int
     vocabulary: int
     divisible_by: int
-    spec: str = "te"
+    spec: str
 
     def members(self) -> Iterator[Member]:
         """The different ranks of each stage, as megatron-core numbers them: tensor parallelism first, then experts."""
@@ -68,7 +68,7 @@ class Ranks:
         return sorted({region for region in found if region.rows > 0})
 
 
-def ranks_of(hf: HfConfig, layout: Parallel, divisible_by: int, spec: str = "te") -> Ranks:
+def ranks_of(hf: HfConfig, layout: Parallel, divisible_by: int, spec: str) -> Ranks:
     """The layout of the model of a config.json (UserError when they do not fit)."""
     fields = find(hf).transformer_config(hf)
     layout.check_model(fields)
