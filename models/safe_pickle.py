@@ -31,12 +31,17 @@ _ARGS = "args"  # where Megatron-LM keeps the options of a run
 
 
 def load(
-    data: bytes, where: str, persistent: Callable[[Any], Any] | None = None, foreign: set[str] | None = None
+    data: bytes,
+    where: str,
+    persistent: Callable[[Any], Any] | None = None,
+    foreign: set[str] | None = None,
+    *,
+    whole: bool = False,
 ) -> Any:
     """The value of a pickle, made of plain values and stand-ins; ``where`` names the file in errors (UserError).
 
     With a set ``foreign``, classes of Megatron's that are not known here are accepted in the options of a run, the
-    top level's "args": each becomes an Opaque, and its name is added to the set.
+    top level's "args": each becomes an Opaque, and its name is added to the set. ``whole``: nothing may follow.
     """
     unknown: set[str] = set()
 
@@ -50,11 +55,14 @@ def load(
         raise _named(where, f"{module}.{name}")
 
     try:
-        value = Machine(data, find, persistent).run()
+        machine = Machine(data, find, persistent)
+        value = machine.run()
     except UserError:
         raise
     except Exception as error:  # a damaged pickle may fail in any way; none of them runs anything
         raise UserError(f"{where}: not a readable pickle ({_said(error)}); the file is damaged") from error
+    if whole and machine.at + 1 != len(data):
+        raise UserError(f"{where}: more follows a pickle in a module's state; do not load this checkpoint")
     if unknown and foreign is not None:
         if found := _opaque_outside_args(value):
             raise _named(where, found)

@@ -4,6 +4,7 @@ Here is where a tensor's bytes lie; torch_write has the other direction. Imports
 """
 
 import io
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ ITEM_BYTES = {
     **dict.fromkeys(("int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2"), 1),
 }
 _MOST_AXES = 64
+_RECORD = re.compile(r"data\.pkl|byteorder|version|data/\d+|\.[\w./]+")
+_END, _POINTER, _END64 = struct.Struct("<IHHHHIIH"), struct.Struct("<IIQI"), struct.Struct("<IQHHIIQQQQ")  # of a zip
 Shape = tuple[int, ...]
 
 
@@ -65,9 +68,28 @@ class Archive:
             self.zip = zipfile.ZipFile(Slice(file, start, length))  # type: ignore[arg-type]
         except (zipfile.BadZipFile, RuntimeError, OSError, ValueError, struct.error) as error:
             raise UserError(f"{where}: not a torch.save file ({error}); the file is damaged") from error
-        self.records = {record.filename.partition("/")[2]: record for record in self.zip.infolist()}
-        if len(self.records) < len(self.zip.infolist()):
-            raise UserError(f"{where}: two records of one name; the file is damaged")
+        found = self.zip.infolist()
+        self.records = {record.filename.partition("/")[2]: record for record in found}
+        if wrong := self._other_reading(found):
+            raise UserError(f"{where}: {wrong}; torch would read it in another way: do not load this file")
+
+    def _other_reading(self, found: Sequence[zipfile.ZipInfo]) -> str | None:
+        """Why torch might find something else in this file than is found here; None: it cannot.
+
+        torch takes a file that does not start as a zip for an older format, which is a bare pickle; it looks for the
+        directory where the end of the file says, and ignores case. Python's zipfile is more lenient.
+        """
+        if _bytes(self, 0, 4) != b"PK\x03\x04":
+            return "does not start as a zip"
+        directory = _directory(self)
+        if directory is None or directory != self.zip.start_dir:  # type: ignore[attr-defined]
+            return "its directory is not where its end says"
+        if len({name.lower() for name in self.records}) < len(found):
+            return "two records of one name"
+        if len({record.filename.partition("/")[0] for record in found}) != 1:
+            return "records in several folders"
+        others = [name for name in self.records if not _RECORD.fullmatch(name)]
+        return f"a record {others[0][:40]!a}" if others else None
 
     def read(self, name: str) -> bytes:
         """A record's content."""
@@ -131,6 +153,27 @@ class Archive:
         return start, record.file_size
 
 
+def _bytes(archive: Archive, start: int, count: int) -> bytes:
+    """``count`` bytes of a zip from ``start``; fewer where it ends."""
+    part = Slice(archive.file, archive.start, archive.length)
+    part.seek(start)
+    return part.read(count) if start >= 0 else b""
+
+
+def _directory(archive: Archive) -> int | None:
+    """Where the zip's directory starts by the record at its very end (by the zip64 one, where there is one)."""
+    at = archive.length - _END.size
+    sign, *_, start, comment_bytes = _END.unpack(_bytes(archive, at, _END.size).rjust(_END.size, b"\0"))
+    if sign != 0x06054B50 or comment_bytes:
+        return None
+    pointer = _bytes(archive, at - _POINTER.size, _POINTER.size)
+    if not pointer.startswith(b"PK\x06\x07"):
+        return start
+    at -= _POINTER.size + _END64.size
+    sign, *_, start = _END64.unpack(_bytes(archive, at, _END64.size).rjust(_END64.size, b"\0"))
+    return start if sign == 0x06064B50 and _POINTER.unpack(pointer)[2] == at else None
+
+
 def _storage(saved: Any) -> safe_pickle.Storage:
     """A reference to a storage; torch writes (storage, kind, record, device, count)."""
     if type(saved) is not tuple or len(saved) != 5 or saved[0] != "storage" or type(saved[2]) is not str:
@@ -179,7 +222,7 @@ def check_bytes(data: bytes, where: str) -> None:
         archive = Archive(io.BytesIO(data), 0, len(data), where)
         archive.value()
     else:
-        safe_pickle.load(data, where)
+        safe_pickle.load(data, where, whole=True)
 
 
 def open_archive(path: Path) -> Archive:

@@ -192,6 +192,14 @@ def test_links_are_followed_inside_the_folder_and_into_the_hub_s_cache_only(tmp_
     os.symlink("../../blobs/123", snapshot / "config.json")
     os.symlink("config.json", snapshot / "other.json")
     assert list(hf_files.side_files(snapshot)) == ["config.json", "other.json"]
+    save_file({"a": torch.ones(1)}, snapshot.parent.parent / "blobs" / "456")
+    os.symlink("../../blobs/456", snapshot / "model.safetensors")
+    assert hf_files.tensors(snapshot).keys() == {"a"} and hf_files.config(snapshot) == {}
+    (snapshot / "model.safetensors").unlink()
+    save_file({"a": torch.ones(1)}, tmp_path / "outside.safetensors")
+    os.symlink("../../../outside.safetensors", snapshot / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: a link to .*, outside the folder"):
+        hf_files.tensors(snapshot)
     (tmp_path / "secret").write_text("x")
     os.symlink("../../../secret", snapshot / "tokenizer.json")
     with pytest.raises(UserError, match=r"tokenizer\.json: a link to \.\./\.\./\.\./secret, outside the folder"):

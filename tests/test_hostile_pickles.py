@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import hostile
@@ -72,6 +73,11 @@ def in_bytes_file(root: Path, data: bytes) -> Path:
     """As Transformer Engine keeps its state: torch.save in a BytesIO."""
     held = Made(Named("_io", "BytesIO"), state=(hostile.saved(data), 0, None))
     return object_of(root, hostile.saved(hostile.pickled([held])))
+
+
+def in_bytes_as_they_are(root: Path, data: bytes) -> Path:
+    """A BytesIO with these bytes."""
+    return object_of(root, hostile.saved(hostile.pickled([Made(Named("_io", "BytesIO"), state=(data, 0, None))])))
 
 
 PLACES = (in_metadata, in_common, in_object, in_rank, in_tensor_of_bytes, in_bytes_file)
@@ -237,3 +243,88 @@ def test_what_torch_saves_is_read_with_all_its_types():
     found = archive.value()
     assert [archive.region(found[name])[:2] for name in ("f8", "u16")] == [("float8_e4m3fn", (3,)), ("uint16", (2,))]
     assert found["x"].content() == b"ab"
+
+
+def empty_zip(before: bytes = b"", after: bytes = b"") -> bytes:
+    """A harmless torch.save file with other bytes around it."""
+    return before + hostile.saved(pickle.dumps([None], 2)) + after
+
+
+def old_format(trap: str) -> bytes:
+    """torch's format before zip files: four pickles one after the other, the first of them a number."""
+    number, version, machine = 0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}
+    return b"".join(pickle.dumps(part, 2) for part in (number, version, machine)) + POTENT["reduce, protocol 2"](trap)
+
+
+def two_directories(trap: str) -> bytes:
+    """A zip whose end names the directory of another one inside it: Python reads the last, others the named one."""
+    evil, good = hostile.saved(POTENT["reduce, protocol 2"](trap)), hostile.saved(pickle.dumps([None], 2))
+    return evil + good
+
+
+def with_records(trap: str, **records: bytes) -> bytes:
+    data = POTENT["reduce, protocol 2"](trap)
+    return hostile.saved(pickle.dumps([None], 2), **{name: value or data for name, value in records.items()})
+
+
+READ_OTHERWISE: dict[str, tuple[Callable[[str], bytes], str]] = {
+    "an old file before a zip": (lambda t: empty_zip(old_format(t)), "does not start as a zip"),
+    "junk before a zip": (lambda t: empty_zip(b"PK\3\4"), "its directory is not where its end says"),
+    "junk after a zip": (lambda t: empty_zip(b"", b"x"), "its directory is not where its end says"),
+    "a zip before a zip": (two_directories, "its directory is not where its end says"),
+    "a comment": (lambda t: empty_zip()[:-2] + b"\1\0x", "its directory is not where its end says"),
+    "names that differ in case": (lambda t: with_records(t, **{"DATA.PKL": b""}), "two records of one name"),
+    "another folder": (lambda t: moved(with_records(t, **{"data/0": b""})), "records in several folders"),
+    "TorchScript": (lambda t: with_records(t, **{"constants.pkl": b""}), "a record 'constants.pkl'"),
+    "code": (lambda t: with_records(t, **{"code/x.py": b"x"}), "a record 'code/x.py'"),
+}
+
+
+def moved(file: bytes) -> bytes:
+    """Record data/0 in a folder of its own."""
+    return file.replace(b"archive/data/0", b"brchive/data/0")
+
+
+@pytest.mark.parametrize("name", READ_OTHERWISE)
+def test_a_file_that_torch_would_read_in_another_way_is_refused(name, good, tmp_path, capsys):
+    make, said = READ_OTHERWISE[name]
+    root = shutil.copytree(good, tmp_path / "copy")
+    source = object_of(root, make(str(tmp_path / "trap")))
+    with pytest.raises(UserError, match=said):
+        core_files.load_metadata_safely(source / "release")
+    capsys.readouterr()
+    assert inspect([str(source), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["verdict"]["safe"] is False
+    assert not (tmp_path / "trap").exists()
+
+
+def test_torch_does_read_an_old_file_before_a_zip(tmp_path):
+    import torch
+
+    with pytest.raises((RuntimeError, TypeError, AttributeError, pickle.UnpicklingError)):
+        torch.load(io.BytesIO(empty_zip(old_format(str(tmp_path / "trap")))), weights_only=False)
+    assert (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("place", [in_tensor_of_bytes, in_bytes_as_they_are], ids=lambda place: place.__name__)
+def test_an_old_file_in_a_module_s_state_is_refused(place, good, tmp_path):
+    root = shutil.copytree(good, tmp_path / "copy")
+    source = place(root, old_format(str(tmp_path / "trap")))
+    with pytest.raises(UserError, match="more follows a pickle in a module's state"):
+        core_files.load_metadata_safely(source / "release")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (70_000,)])
+def test_what_torch_and_this_project_write_is_not_taken_for_such_a_file(shape):
+    import torch
+
+    from megapatch.models import torch_save, torch_write
+
+    file = io.BytesIO()
+    torch.save({"a": torch.ones(shape), "b": io.BytesIO(b"x")}, file)
+    blob = torch_write.tensor_blob("float32", shape)
+    own = bytearray(blob.size)
+    for at, data in blob.parts:
+        own[at : at + len(data)] = data
+    for data in (file.getvalue(), bytes(own)):
+        assert torch_save.Archive(io.BytesIO(data), 0, len(data), "x").value() is not None
