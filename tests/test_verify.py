@@ -119,7 +119,16 @@ FAULTS: dict[str, tuple[str, Callable[[Parts], None], int | None, str]] = {
     ),
     "one expert": ("qwen3_moe", scale(LAYER + "mlp.experts.3.down_proj.weight"), 2, "mlp"),
     "embedding": ("qwen2", scale("model.embed_tokens.weight"), None, "embedding.word_embeddings"),
+    "positions": ("gpt2", scale("transformer.wpe.weight"), None, "embedding"),
     "final norm": ("qwen2", scale("model.norm.weight"), None, "decoder.final_layernorm"),
+    "a layer that keeps its residual inside": (
+        "bloom",
+        scale("transformer.h.2.mlp.dense_4h_to_h.weight"),
+        2,
+        "mlp.linear_fc2",
+    ),
+    "fused weights of q, k and v": ("gpt2", scale("transformer.h.1.mlp.c_proj.weight"), 1, "mlp.linear_fc2"),
+    "fused q": ("gpt2", scale("transformer.h.3.attn.c_attn.weight"), 3, QKV),
     "output layer": ("qwen2", scale("lm_head.weight"), None, "output_layer"),
 }
 

@@ -110,7 +110,7 @@ def engine(folder: Path, hf: HfConfig, ids: Tensor, device: Device, precision: s
     meaning: dict[str, list[Weight]] = {}
     for placed in layout.placed:
         for part, name in enumerate(placed.hf):
-            weight = Weight(placed, part if len(placed.hf) > 1 else None, layout)
+            weight = Weight(placed, part, layout)
             if (there := names(name)) is None:
                 raise Unlike(f"transformers has no place for {name}")
             meaning.setdefault(there, []).append(weight)

@@ -69,11 +69,13 @@ def gate(reference: Engine, target: Engine, atol: float) -> Gate:
         log.info("%s: alone %s, chained %s", place, _said(alone), _said(chained))
         if ours.unit == 0 and ours.input is not None and theirs.input is not None:
             entered = difference(theirs.input, ours.input)  # whatever a family adds to embeddings, or does to them
-            made.first = made.first or (_where("embedding", "") | entered if departs(entered, atol) else None)
-        if made.first is None and departs(alone, atol):
-            made.first = _named(ours, theirs, atol)
+            if departs(entered, atol) and not any(departs(row[ISOLATED], atol) for row in made.rows[:-1]):
+                made.first = _where("embedding", "") | entered
+        if departs(alone, atol):
+            made.rows[-1] |= _experts(ours, theirs, atol)
         if made.grown is None and departs(chained, atol):
             made.grown = {**_where(ours.unit, "output"), **chained, "how": "differences of earlier layers add up"}
+    made.first = made.first or _named(made.rows, atol)
     return made
 
 
@@ -111,25 +113,30 @@ def _pair(name: str, theirs: Step, ours: Step) -> tuple[Tensor, Tensor]:
     return (pair[0].sort(-1)[0], pair[1].sort(-1)[0]) if name in (QUERY, KEY) else pair
 
 
-def _named(ours: Step, theirs: Step, atol: float) -> dict[str, Any]:
-    """The first submodule of a unit that departs; 'output' where none does by itself."""
-    for point in common(ours, theirs):
-        found = difference(*_pair(point, theirs, ours))
-        if departs(found, atol):
-            return {**_where(ours.unit, point), **found, **_experts(point, ours, theirs, atol)}
-    alone = theirs.outputs.get(ISOLATED, theirs.outputs[CHAINED])
-    return {**_where(ours.unit, "output"), **difference(alone, ours.outputs[CHAINED])}
+def _named(rows: Sequence[dict[str, Any]], atol: float) -> dict[str, Any] | None:
+    """The first unit that departs, by its first submodule that does; 'output' where none does by itself."""
+    for row in (row for row in rows if departs(row[ISOLATED], atol)):
+        where = {"layer": row["layer"], "submodule": row["submodule"]}
+        for point, found in row["points"].items():
+            if departs(found, atol) and point not in _unlike(rows, atol):
+                experts = {"experts": row["experts"]} if point == "mlp" and "experts" in row else {}
+                return where | {"submodule": point} | found | experts
+        return where | row[ISOLATED]
+    return None
 
 
-def _experts(point: str, ours: Step, theirs: Step, atol: float) -> dict[str, Any]:
-    """Experts that every departing token goes to and no other token, where the router chose alike."""
-    if point != "mlp" or CHOICE not in theirs.points:
+def _unlike(rows: Sequence[dict[str, Any]], atol: float) -> set[str]:
+    """Points that depart in every layer whose output agrees: the engines mean other things by them."""
+    agreeing = [row["points"] for row in rows if row["points"] and not departs(row[ISOLATED], atol)]
+    names = {name for points in agreeing for name in points}
+    return {n for n in names if all(departs(points[n], atol) for points in agreeing if n in points)}
+
+
+def _experts(ours: Step, theirs: Step, atol: float) -> dict[str, list[int]]:
+    """Experts that every departing token goes to, where the router's choice is known."""
+    if "mlp" not in common(ours, theirs) or CHOICE not in theirs.points:
         return {}
-    found, expected, chosen = (
-        theirs.points[point],
-        ours.points[point],
-        theirs.points[CHOICE] > 0,
-    )  # [b, s, h], [b, s, e]
+    found, expected, chosen = theirs.points["mlp"], ours.points["mlp"], theirs.points[CHOICE] > 0  # [b,s,h], [b,s,e]
     apart = ~((found - expected).abs().amax(-1) <= atol * max(1.0, expected.abs().max().item()))  # [b, s]
     share = (chosen & apart[..., None]).sum((0, 1)) / apart.sum()
     return {"experts": [int(n) for n in (share == 1).nonzero().flatten()]}
