@@ -7,9 +7,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
+
+import numpy as np
 
 from megapatch.models import family, hf_files
 from megapatch.models.cli import Common, opt, run
@@ -17,35 +21,56 @@ from megapatch.models.shapes import num_parameters, part_shapes, sizes
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
     "vocab_size": 32000,
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
 }
-SHARD_BYTES = 300_000_000
-CODE = (
-    "import sys; from megapatch.tools.convert.convert import main; status = main(sys.argv[1:]); "
-    "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]); sys.exit(status)"
-)
+SHARD_BYTES = 1_000_000_000
+CONVERT = """
+import sys, time
+from megapatch.tools.convert.convert import main
+start = time.perf_counter()
+status = main(sys.argv[1:])
+took = time.perf_counter() - start
+print(took, open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+sys.exit(status)
+"""
+HOLES = """
+import os
+real, none = os.write, bytes(1 << 21)
+def write(file, data):
+    if bytes(data) == none[: len(data)] and len(data) > 4096:
+        os.ftruncate(file, os.lseek(file, len(data), os.SEEK_CUR))
+        return len(data)
+    return real(file, data)
+os.write = write
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
-    """Alternate cp -r (with fsync of every file) and mp-convert in both directions, as whole processes.
+    """Alternate cp -r (and sync of every file) with mp-convert in both directions and with casts.
 
-    The model is a Llama of random bytes. Prints a line of JSON: seconds (median of the rounds), ratios to cp, and peak
-    resident memory.
+    The model is a bf16 Llama of random weights. Prints a line of JSON for each: seconds of the process and of its work
+    (without the start of the interpreter) as medians of the rounds, ratios to cp, and peak resident memory.
     """
 
-    folder: Path = opt("where to work; needs four times --gigabytes, and is removed at the end")
-    gigabytes: float = opt("size of the model, in 1e9 bytes", 1.0)
+    folder: Path = opt("where to work; needs five times --gigabytes, and is removed at the end")
+    gigabytes: float = opt("size of the model, in 1e9 bytes", 2.0)
     rounds: int = opt("how often each is measured", 5)
+    jobs: int = opt("files written at the same time (mp-convert's -j)", 4)
+    sparse: bool = opt("only the peak memory for a model that is all holes, so that it takes no room", False)
+    mbridge: Optional[Path] = opt("a Python with mbridge 0.15.1: measured too (tests/bench/convert_mbridge.py)", None)
 
 
-def make_model(folder: Path, size_bytes: float) -> None:
-    """A Hugging Face folder with random bytes for weights."""
+def make_model(folder: Path, size_bytes: float, holes: bool = False) -> None:
+    """A Hugging Face folder with random weights in bf16, or holes."""
     layer = num_parameters(CONFIG | {"num_hidden_layers": 2}) - num_parameters(CONFIG | {"num_hidden_layers": 1})
     rest = num_parameters(CONFIG | {"num_hidden_layers": 1}) - layer
     config = CONFIG | {"num_hidden_layers": max(1, round((size_bytes / 2 - rest) / layer))}
@@ -57,56 +82,94 @@ def make_model(folder: Path, size_bytes: float) -> None:
         for placed in family.placed_rules(config)
         for name, shape in zip(placed.hf, part_shapes(placed.rule, letters), strict=True)
     }
-    counts = {name: 2 * int.__mul__(*shape) if len(shape) == 2 else 2 * shape[0] for name, shape in shapes.items()}
+    counts = {name: 2 * prod(shape) for name, shape in shapes.items()}
     files = hf_files.shards(counts, SHARD_BYTES)
     for file, names in files.items():
         header, _, total = hf_files.header([(name, "bfloat16", shapes[name]) for name in names])
         with (folder / file).open("wb") as out:
             out.write(header)
-            for left in range(total - len(header), 0, -(1 << 24)):
-                out.write(os.urandom(min(left, 1 << 24)))
-    (folder / hf_files.INDEX).write_bytes(hf_files.index_json(files, counts, sum(counts.values()) // 2))
+            for left in range(0 if holes else total - len(header), 0, -(1 << 24)):
+                out.write(weights(min(left, 1 << 24)))
+            out.truncate(total)
+    count = sum(prod(shape) for shape in shapes.values())
+    (folder / hf_files.INDEX).write_bytes(hf_files.index_json(files, counts, count))
 
 
-def measure(*command: str) -> tuple[float, float]:
-    """Seconds of a process, and the number that it prints last (kB at peak) as megabytes."""
+def weights(count: int) -> bytes:
+    """Random bf16 numbers of the size that weights have, from 2**-15 to 2**-5."""
+    bits = np.frombuffer(os.urandom(count), np.uint16)
+    return ((bits & 0x81FF) + 0x3800 + (bits >> 9 & 3) * 0x100).astype(np.uint16).tobytes()
+
+
+def measure(*command: str) -> tuple[float, float, float]:
+    """Seconds of a process; of its work, and megabytes at its peak, as it prints them last (0 if it does not)."""
     os.sync()
     start = time.perf_counter()
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-    return time.perf_counter() - start, int(said[-1]) / 1000 if said else 0.0
+    took = time.perf_counter() - start
+    return took, float(said[-2]) if said else took, int(said[-1]) / 1000 if said else 0.0
+
+
+def commands(options: Options, work: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Name, name of the one it is compared with, and command of each measurement."""
+    convert = (sys.executable, "-c", CONVERT, "-j", str(options.jobs), "--force", "--source")
+    model, core, wide, half = (str(work / name) for name in ("hf", "core", "wide", "half"))
+    copied = work / "copied"
+    copy = f"rm -rf '{copied}' && cp -r '{model}' '{copied}' && sync '{copied}'/*"
+    yield "cp", "cp", ("sh", "-c", copy)
+    yield "hf_to_core", "cp", (*convert, model, "--target", core)
+    yield "core_to_hf", "cp", (*convert, core, "--target", str(work / "back"))
+    yield "core_to_hf_unverified", "cp", (*convert, core, "--target", str(work / "back"), "--skip-digests")
+    yield "bf16_to_fp32", "hf_to_core", (*convert, half, "--target", wide, "--dtype", "fp32")
+    yield "bf16_to_fp16", "hf_to_core", (*convert, model, "--target", wide, "--dtype", "fp16")
+    if options.mbridge:
+        script = str(Path(__file__).with_name("convert_mbridge.py"))
+        theirs = (str(options.mbridge), script, "--hf", model, "--core", str(work / "theirs"))
+        yield "mbridge_hf_to_core", "hf_to_core", (*theirs, "--to", "core")
+        yield "mbridge_core_to_hf", "core_to_hf", (*theirs, "--to", "hf", "--back", str(work / "theirs-back"))
 
 
 def bench(options: Options) -> None:
     """Measure, and print the figures."""
     work = options.folder / "megapatch-bench-convert"
-    model, core, back, copied = (work / name for name in ("hf", "core", "back", "copied"))
     shutil.rmtree(work, ignore_errors=True)
-    make_model(model, options.gigabytes * 1e9)
-    convert = (sys.executable, "-c", CODE, "--force", "--source")
-    commands = {
-        "cp": ("sh", "-c", f"cp -r '{model}' '{copied}' && sync '{copied}'/*"),
-        "hf_to_core": (*convert, str(model), "--target", str(core)),
-        "core_to_hf": (*convert, str(core), "--target", str(back)),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    peaks: dict[str, list[float]] = {name: [] for name in commands}
+    try:
+        (_sparse if options.sparse else _speed)(options, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sparse(options: Options, work: Path) -> None:
+    """Peak memory only; holes stay holes in the target too, by a write of this bench's own."""
+    make_model(work / "hf", options.gigabytes * 1e9, holes=True)
+    total = sum(path.stat().st_size for path in (work / "hf").iterdir())
+    for name, target in (("hf", "core"), ("core", "back")):
+        command = (sys.executable, "-c", HOLES + CONVERT, "-j", str(options.jobs), "--source", str(work / name))
+        _, took, peak = measure(*command, "--target", str(work / target))
+        found = {"from": name, "gigabytes": round(total / 1e9, 1), "work_s": round(took, 1), "peak_mb": round(peak)}
+        print(json.dumps(found), flush=True)
+
+
+def _speed(options: Options, work: Path) -> None:
+    make_model(work / "hf", options.gigabytes * 1e9)
+    make_model(work / "half", options.gigabytes * 0.5e9)  # that in fp32 is as large
+    planned = list(commands(options, work))
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name, *_ in planned}
     for _ in range(options.rounds):
-        for path in (core, back, copied):
-            shutil.rmtree(path, ignore_errors=True)
-        for name, command in commands.items():
-            took, peak = measure(*command)
-            seconds[name].append(took)
-            peaks[name].append(peak)
-            print(f"{name}: {took:.2f} s, {peak:.0f} MB", file=sys.stderr)
-    same = all(path.read_bytes() == (back / path.name).read_bytes() for path in model.glob("*.json"))
-    total = sum(path.stat().st_size for path in model.iterdir())
-    shutil.rmtree(work)
-    said: dict[str, Any] = {"gigabytes": round(total / 1e9, 3), "json_files_equal": same}
-    for name in commands:
-        middle = statistics.median(seconds[name])
-        said[name] = {"s": round(middle, 3), "to_cp": round(middle / statistics.median(seconds["cp"]), 2)}
-        said[name]["peak_mb"] = round(max(peaks[name]))
-    print(json.dumps(said))
+        for name, _, command in planned:
+            found[name].append(measure(*command))
+            took, busy, peak = found[name][-1]
+            print(f"{name}: {took:.2f} s, work {busy:.2f} s, {peak:.0f} MB", file=sys.stderr)
+    same = all(path.read_bytes() == (work / "back" / path.name).read_bytes() for path in (work / "hf").glob("*.json"))
+    total = sum(path.stat().st_size for path in (work / "hf").iterdir())
+    print(json.dumps({"gigabytes": round(total / 1e9, 3), "rounds": options.rounds, "json_files_equal": same}))
+    for name, other, _ in planned:
+        took, busy = (statistics.median(run[n] for run in found[name]) for n in (0, 1))
+        ratios = [mine[1] / theirs[1] for mine, theirs in zip(found[name], found[other], strict=True)]
+        said: dict[str, Any] = {"what": name, "s": round(took, 3), "work_s": round(busy, 3)}
+        said[f"work_to_{other}"] = round(statistics.median(ratios), 2)
+        said["range"] = [round(min(ratios), 2), round(max(ratios), 2)]
+        print(json.dumps(said | {"peak_mb": round(max(run[2] for run in found[name]))}))
 
 
 def main(argv: list[str] | None = None) -> int:
