@@ -269,6 +269,7 @@ def _fail(prog: str, message: str, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
     line = f"{_label(prog)}: error: {' '.join(message.splitlines())}"
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # names come from files of others
     print(line, file=sys.stderr, flush=True)
     tell_torchrun(line)
     return FAILED

@@ -46,6 +46,9 @@ def _place(key: str, place: Any, path: Path) -> None:
     name = getattr(place, "relative_path", None)
     if type(name) is not str or Path(name).name != name or "\0" in name:
         raise UserError(f"{path}: {_shown(key)} is said to be in {_shown(name)}; expected a file of this folder")
+    changed = getattr(place, "transform_descriptors", None) or ()
+    if type(changed) not in (tuple, list) or not all(type(step) is str for step in changed):
+        raise UserError(f"{path}: {_shown(key)}: stored in a way that torch does not name; the file is damaged")
     if not _sizes((getattr(place, "offset", None), getattr(place, "length", None))):
         raise UserError(f"{path}: {_shown(key)}: no place in {_shown(name)}; the file is damaged")
 
@@ -56,6 +59,6 @@ def _sizes(numbers: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    plain = isinstance(value, str | int | tuple | type(None)) and not isinstance(value, Record)
-    text = value if isinstance(value, str) else repr(value) if plain else f"a {type(value).__name__}"
+    plain = type(value) in (int, type(None)) or (type(value) is tuple and all(type(n) is int for n in value))
+    text = value if type(value) is str else repr(value) if plain else f"a {type(value).__name__}"
     return text if text.isprintable() and len(text) < 200 else ascii(text[:200])

@@ -4,7 +4,7 @@ import collections
 from collections.abc import Callable
 from typing import Any
 
-_KEY_DEPTH = 4
+_KEY_DEPTH, _KEY_ITEMS = 2, 32  # a tuple of tuples that are one and the same takes few bytes, and long to hash
 _PLAIN = (str, int, float, bool, bytes, type(None))
 
 
@@ -63,7 +63,7 @@ class Maker:
 def is_key(value: Any, depth: int = _KEY_DEPTH) -> bool:
     """May it be hashed? Python does so by recursion, without a limit."""
     if isinstance(value, tuple):
-        return depth > 0 and all(is_key(item, depth - 1) for item in value)
+        return depth > 0 and len(value) <= _KEY_ITEMS and all(is_key(item, depth - 1) for item in value)
     return type(value) in _PLAIN or (isinstance(value, Record) and value.is_key())
 
 
@@ -101,8 +101,14 @@ class BytesFile(Record):
 
     def content(self) -> bytes:
         """What it holds; a pickle of protocol 2 writes bytes as text."""
-        held = self.data.args[0] if isinstance(self.data, Encoded) and self.data.args else self.data
-        return held.encode("latin1") if isinstance(held, str) else bytes(held)
+        held = self.data
+        if isinstance(held, Encoded):
+            held = held.args[0] if type(held.args) is tuple and held.args else None
+        if type(held) is str and all(ord(letter) < 256 for letter in held):
+            return held.encode("latin1")
+        if type(held) is not bytes:
+            raise Damaged("a BytesIO of something else than bytes")
+        return held
 
 
 class Encoded(Record):

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from megapatch.models import safe_pickle
 from megapatch.models.cli import UserError
+from megapatch.models.stand_ins import Damaged
 
 ITEM_BYTES = {
     **dict.fromkeys(("float64", "int64", "uint64"), 8),
@@ -132,7 +133,11 @@ class Archive:
         """Refuse foreign pickles in the bytes that ``value`` holds: Transformer Engine reads its own from there."""
         for held in _walk(value):
             if isinstance(held, safe_pickle.BytesFile):
-                check_bytes(held.content(), self.where)
+                try:
+                    content = held.content()
+                except Damaged as error:
+                    raise UserError(f"{self.where}: {error}; the file is damaged") from error
+                check_bytes(content, self.where)
             elif isinstance(held, safe_pickle.StoredTensor) and _described(held, self.where)[0] == "uint8":
                 region = self.region(held)
                 self.file.seek(region.offset)

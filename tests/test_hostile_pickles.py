@@ -13,6 +13,18 @@ import hostile
 import pytest
 from hostile import Made, Named
 from hostile_payloads import HARMLESS, POTENT
+from hostile_places import (
+    in_bytes_as_they_are,
+    in_bytes_file,
+    in_common,
+    in_metadata,
+    in_object,
+    in_rank,
+    in_tensor_of_bytes,
+    make_good,
+    object_of,
+    unlinked,
+)
 
 from megapatch.models import core_files, safe_pickle
 from megapatch.models.cli import UserError
@@ -22,62 +34,7 @@ from megapatch.tools.convert.inspect_checkpoint import main as inspect
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
-    """A checkpoint that passes."""
-    root = tmp_path_factory.mktemp("good")
-    hostile.small_folder(root / "hf")
-    assert convert(["--source", str(root / "hf"), "--target", str(root / "core")]) == 0
-    (root / "core" / "release" / "manifest.json").unlink()
-    hostile.rank_file(root / "legacy" / "mp_rank_00" / "model_optim_rng.pt", {"decoder.final_layernorm.weight": (32,)})
-    return root
-
-
-def in_metadata(root: Path, data: bytes) -> Path:
-    (root / "core" / "release" / ".metadata").write_bytes(data)
-    return root / "core"
-
-
-def in_common(root: Path, data: bytes) -> Path:
-    (root / "core" / "release" / "common.pt").write_bytes(hostile.saved(data))
-    return root / "core"
-
-
-def in_object(root: Path, data: bytes) -> Path:
-    return object_of(root, hostile.saved(data))
-
-
-def object_of(root: Path, file: bytes) -> Path:
-    """An ``_extra_state`` with these bytes, in a file of its own."""
-    import torch.distributed.checkpoint as dcp
-
-    release = root / "core" / "release"
-    metadata = dcp.FileSystemReader(release).read_metadata()
-    (release / "evil.distcp").write_bytes(file)
-    info = next(info for index, info in metadata.storage_data.items() if "_extra_state" in index.fqn)
-    info.relative_path, info.offset, info.length = "evil.distcp", 0, len(file)
-    (release / ".metadata").write_bytes(pickle.dumps(metadata))
-    return root / "core"
-
-
-def in_rank(root: Path, data: bytes) -> Path:
-    (root / "legacy" / "mp_rank_00" / "model_optim_rng.pt").write_bytes(hostile.saved(data))
-    return root / "legacy"
-
-
-def in_tensor_of_bytes(root: Path, data: bytes) -> Path:
-    """As Transformer Engine keeps its state: a pickle in a tensor of bytes."""
-    tensor = hostile.pickled(hostile.Tensor("0", (len(data),), "ByteStorage"))
-    return object_of(root, hostile.saved(tensor, **{"data/0": data}))
-
-
-def in_bytes_file(root: Path, data: bytes) -> Path:
-    """As Transformer Engine keeps its state: torch.save in a BytesIO."""
-    held = Made(Named("_io", "BytesIO"), state=(hostile.saved(data), 0, None))
-    return object_of(root, hostile.saved(hostile.pickled([held])))
-
-
-def in_bytes_as_they_are(root: Path, data: bytes) -> Path:
-    """A BytesIO with these bytes."""
-    return object_of(root, hostile.saved(hostile.pickled([Made(Named("_io", "BytesIO"), state=(data, 0, None))])))
+    return make_good(tmp_path_factory.mktemp("good"))
 
 
 PLACES = (in_metadata, in_common, in_object, in_rank, in_tensor_of_bytes, in_bytes_file)
@@ -119,13 +76,6 @@ def test_nothing_runs_and_one_line_tells(name, place, good, tmp_path, capsys):
             core_files.load_metadata_safely(source / "release")
         assert "\n" not in str(refused.value)
     assert not (tmp_path / "trap").exists()
-
-
-def unlinked(path: Path) -> None:
-    """Make a hard link a file of its own."""
-    data = path.read_bytes()
-    path.unlink()
-    path.write_bytes(data)
 
 
 def test_the_way_of_training_and_generation_refuses_before_core_reads(good, tmp_path):

@@ -1,6 +1,6 @@
 """What lies in a folder of weights: every tensor by name, shape and type, and what the files say of the layout."""
 
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from megapatch.tools.convert import contents_of_ranks
 from megapatch.tools.convert.found import Contents, Item
 
 _STATE = ("optimizer", "rng_state", "rerun_state_machine_state", "opt_param_scheduler", "generators")
+_LAYER, _MOST_LAYERS = re.compile(r"[0-9]{1,9}"), 4096
 _COMMON = ("iteration", "checkpoint_version", "content_metadata")
 
 
@@ -31,7 +32,7 @@ def read(path: Path) -> Contents:
     else:
         core_files.resolve(path)  # says what is missing
         raise UserError(f"{path}: no weights in any form known here: .safetensors, {core_files.METADATA}, mp_rank_*")
-    if folder.name.startswith("iter_") and folder.name[5:].isdigit():
+    if folder.name.startswith("iter_") and _LAYER.fullmatch(folder.name[5:]):
         found.layout.setdefault("iteration", int(folder.name[5:]))
     return found
 
@@ -52,6 +53,8 @@ def _hf(folder: Path) -> Contents:
         found.items += [Item(t.name, t.dtype, t.shape, file) for t in tensors or ()]
     if not found.problems:
         found.attempt("complete", hf_files.tensors, folder)
+    if code := sorted(path.name for path in folder.glob("*.py")):
+        found.notes.append(f"code comes along, which only a loader runs that is told to trust it: {', '.join(code)}")
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
     if pickles:
         found.notes.append(f"not looked at, as nothing here reads it: {', '.join(pickles)} (pickles)")
@@ -101,10 +104,14 @@ def _common(found: Contents) -> Any:
 
 
 def _plain(value: Any) -> bool:
-    try:
-        return len(json.dumps(value)) < 10_000
-    except (TypeError, ValueError, RecursionError):
-        return False
+    """A number or short text, or a few of them by name: what may be shown whole."""
+    if type(value) is dict:
+        return (
+            len(value) < 100
+            and all(type(key) is str and len(key) < 100 for key in value)
+            and all(type(inner) is not dict and _plain(inner) for inner in value.values())
+        )
+    return type(value) in (int, float, bool, type(None)) or (type(value) is str and len(value) < 1000)
 
 
 def _chunking(tensors: Sequence[Tensor]) -> dict[str, Any]:
@@ -135,6 +142,7 @@ def _layers_of_ranks(tensors: Sequence[Tensor]) -> dict[str, set[int]]:
             continue
         for chunk in (c for c in tensor.chunks if c.file.startswith("__")):
             named = words[words.index("layers") + 1] if "layers" in words[:-1] else ""
-            layers = [int(named)] if named.isdigit() else range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
+            stacked = range(chunk.offsets[0], chunk.offsets[0] + min(chunk.sizes[0], _MOST_LAYERS))
+            layers = [int(named)] if _LAYER.fullmatch(named) else stacked
             found.setdefault(chunk.file.split("_")[2], set()).update(layers)
     return found

@@ -9,7 +9,9 @@ from math import prod
 from megapatch.tools.convert.found import Item
 
 WIDTH = 120
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$|(?<=bias)\d+$|(?<=mp_rank_)\d+|(?<=shard_)\d+")
+_NUMBER = re.compile(  # of a layer, an expert, a shard
+    r"(?<=\.)[0-9]{1,9}(?=\.|$)|(?<=weight)[0-9]{1,9}$|(?<=bias)[0-9]{1,9}$|(?<=shard_)[0-9]{1,9}(?![0-9])"
+)
 
 
 @dataclass(frozen=True)
