@@ -27,6 +27,7 @@ from megapatch.models.torch_save import ITEM_BYTES, Archive, open_archive
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 HF_SUBFOLDER = "hf"
+RANK_FOLDERS = "mp_rank_*"  # of Megatron-LM's checkpoints of one file for each rank
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
 
 
@@ -66,8 +67,13 @@ def resolve(path: Path) -> Path:
         raise UserError(f"{path}: not a core checkpoint: no {TRACKER} and no {METADATA}{_instead(path)}")
     folder = iteration_folder(path, step)
     if not (folder / METADATA).is_file():
-        raise UserError(f"{path / TRACKER}: names {folder.name}, but {folder / METADATA} does not exist{older(path)}")
+        legacy = f"; it has {RANK_FOLDERS}: convert it with mp-convert --to core" if _of_ranks(folder) else older(path)
+        raise UserError(f"{path / TRACKER}: names {folder.name}, but {folder / METADATA} does not exist{legacy}")
     return folder
+
+
+def _of_ranks(folder: Path) -> bool:
+    return any(folder.glob(RANK_FOLDERS))
 
 
 def older(root: Path, damaged: Path | None = None) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from megapatch.models import safe_pickle
 from megapatch.models.cli import UserError
+from megapatch.models.core_files import RANK_FOLDERS
 from megapatch.models.torch_save import Archive, Region, open_archive
 
 FILE = "model_optim_rng.pt"
@@ -40,7 +41,7 @@ def file_name(rank: Rank, pp: int, ep: int) -> str:
 
 def is_legacy(folder: Path) -> bool:
     """True for a folder with a file of a rank."""
-    return folder.is_dir() and any((path / FILE).is_file() for path in folder.glob("mp_rank_*"))
+    return folder.is_dir() and any((path / FILE).is_file() for path in folder.glob(RANK_FOLDERS))
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ def read(path: Path) -> RankFile:
             raise UserError(f"{path}: holds no model; expected what Megatron-LM saves with --ckpt-format torch")
         version = state.get("checkpoint_version", 0)
         if not isinstance(version, int | float) or version < _LEAST_VERSION:
+            said = version if isinstance(version, int | float) else f"a {type(version).__name__}"
             raise UserError(
-                f"{path}: checkpoint_version {version!r:.20}, whose queries and keys are in another order; expected "
+                f"{path}: checkpoint_version {said}, whose queries and keys are in another order; expected "
                 "2.0 or above: load and save it with Megatron-LM first"
             )
         count = sum(re.fullmatch(r"model\d+", str(key)) is not None for key in state)
@@ -90,7 +92,7 @@ def _weight(name: str) -> bool:
 def ranks(folder: Path) -> dict[tuple[int, ...], Path]:
     """The numbers in the names of the ranks' folders -> the ranks' files (UserError: names that do not go together)."""
     found = {}
-    for path in sorted(folder.glob("mp_rank_*")):
+    for path in sorted(folder.glob(RANK_FOLDERS)):
         name = _FOLDER.fullmatch(path.name)
         if name and (path / FILE).is_file():
             found[tuple(int(n) for n in name.groups() if n is not None)] = path / FILE

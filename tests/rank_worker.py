@@ -5,8 +5,8 @@
 cases.json: [{"hf": folder, "layout": {option: value}, "core": torch_dist checkpoint to load, "chunked": another of the
 same weights, "exact": whether its chunks are those of this layout, "legacy": checkpoint of this layout to compare,
 "own": whether megatron-core's own specification has this model (else ours, of the same modules and names),
-"saved": where this process's ranks save their files, "args": whether with options and training state, "apart": where
-dist_checkpointing.save puts one with singleton_local_shards}].
+"saved": where this process's ranks save their files, "args": whether with options and training state, and
+with singleton_local_shards in "apart": where dist_checkpointing.save puts a torch_dist checkpoint}].
 """
 
 import argparse
@@ -122,7 +122,10 @@ def save_as_megatron_does(models: Models, case: dict[str, Any]) -> None:
         torch.save(state, path)
     folder = Path(case["apart"])
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"singleton_local_shards": True, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    metadata = {
+        "singleton_local_shards": case["args"],
+        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
+    }
     sharded = {key: m.sharded_state_dict(metadata=metadata) for key, m in zip(keys(len(models)), models, strict=True)}
     dist_checkpointing.save(sharded | {"iteration": 7}, str(folder))
 

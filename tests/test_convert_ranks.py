@@ -119,7 +119,7 @@ def test_legacy_files_of_any_naming_convert_back(name, made, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_experts_and_halves_saved_apart_convert_to_the_same_model(name, made, tmp_path, capsys):
+def test_what_core_saved_in_any_form_of_torch_dist_converts_to_the_same_model(name, made, tmp_path, capsys):
     apart = made[name] / "apart"
     assert main(["--source", str(apart), "--target", str(tmp_path / "x")]) == 1
     assert "name the model's Hugging Face folder with --config" in capsys.readouterr().err

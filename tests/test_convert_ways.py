@@ -14,6 +14,7 @@ from model_folders import FAMILIES, contents, make, weights
 from safetensors.torch import save_file
 
 from megapatch.models import core_files, family
+from megapatch.models.cli import UserError
 from megapatch.tools.convert.convert import main
 
 LAYOUT = ("--tp", "2", "--pp", "2")
@@ -195,6 +196,11 @@ def test_a_file_of_a_rank_that_does_not_fit_its_manifest_is_refused(kinds, tmp_p
     data[-1000] ^= 1
     rank(root).write_bytes(data)
     fails(root, tmp_path / "out", capsys, "content differs from manifest.json")
+
+
+def test_tools_that_read_core_checkpoints_say_how_to_convert_files_of_ranks(kinds):
+    with pytest.raises(UserError, match=r"it has mp_rank_\*: convert it with mp-convert --to core"):
+        core_files.resolve(kinds["legacy"])
 
 
 def test_files_of_ranks_carry_the_options_that_megatron_compares(kinds):

@@ -45,12 +45,16 @@ class Ranks:
 
     def regions(self, core: str, rows: int, columns: int, member: Member) -> list[Region]:
         """What a rank holds of a weight, one below the other; beyond the vocabulary it is padding."""
-        expert = "{e}" in core
-        size, rank = (self.etp, member.expert_tensor) if expert else (self.tp, member.tensor)
-        cut = cut_of(core, self.gated, size)
-        if self.spec == "te" and core.endswith(TE_WHOLE):
-            cut = WHOLE
+        return self._share(core, rows, columns, member.expert_tensor if "{e}" in core else member.tensor)
+
+    def _share(self, core: str, rows: int, columns: int, rank: int) -> list[Region]:
+        size = self._size(core)
+        cut = WHOLE if self.spec == "te" and core.endswith(TE_WHOLE) else cut_of(core, self.gated, size)
         return regions(cut, self.vocabulary if cut == VOCABULARY else rows, columns, rank, size)
+
+    def _size(self, core: str) -> int:
+        """How many ranks share a weight."""
+        return self.etp if "{e}" in core else self.tp
 
     def experts(self, member: Member) -> range:
         """The experts of a rank."""
@@ -60,12 +64,9 @@ class Ranks:
     def chunks(self, placed: Placed, rows: int, columns: int) -> list[Region]:
         """The different parts of a weight that ranks load."""
         core = placed.rule.core
-        found = [
-            region._replace(rows=min(region.rows, rows - region.row))
-            for member in self.members()
-            for region in self.regions(core, rows, columns, member)
-        ]
-        return sorted({region for region in found if region.rows > 0})
+        shares = (self._share(core, rows, columns, rank) for rank in range(self._size(core)))
+        inside = (r._replace(rows=min(r.rows, rows - r.row)) for share in shares for r in share)
+        return sorted({region for region in inside if region.rows > 0})
 
 
 def ranks_of(hf: HfConfig, layout: Parallel, divisible_by: int, spec: str) -> Ranks:
