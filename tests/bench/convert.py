@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +66,6 @@ class Options(Common):
     rounds: int = opt("how often each is measured", 5)
     jobs: int = opt("files written at the same time (mp-convert's -j)", 4)
     sparse: bool = opt("only the peak memory for a model that is all holes, so that it takes no room", False)
-    mbridge: Optional[Path] = opt("a Python with mbridge 0.15.1: measured too (tests/bench/convert_mbridge.py)", None)
 
 
 def make_model(folder: Path, size_bytes: float, holes: bool = False) -> None:
@@ -122,11 +121,6 @@ def commands(options: Options, work: Path) -> Iterator[tuple[str, str, tuple[str
     yield "core_to_hf_unverified", "cp", (*convert, core, "--target", str(work / "back"), "--skip-digests")
     yield "bf16_to_fp32", "hf_to_core", (*convert, half, "--target", wide, "--dtype", "fp32")
     yield "bf16_to_fp16", "hf_to_core", (*convert, model, "--target", wide, "--dtype", "fp16")
-    if options.mbridge:
-        script = str(Path(__file__).with_name("convert_mbridge.py"))
-        theirs = (str(options.mbridge), script, "--hf", model, "--core", str(work / "theirs"))
-        yield "mbridge_hf_to_core", "hf_to_core", (*theirs, "--to", "core")
-        yield "mbridge_core_to_hf", "core_to_hf", (*theirs, "--to", "hf", "--back", str(work / "theirs-back"))
 
 
 def bench(options: Options) -> None:
