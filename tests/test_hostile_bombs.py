@@ -33,6 +33,9 @@ def wide(depth: int = 3) -> bytes:
 BOMBS: dict[str, Callable[[Path], Path]] = {
     "iteration in common.pt": lambda r: in_common(r, b"}" + text("iteration") + doubled() + b"s."),
     "a key in common.pt": lambda r: in_common(r, b"}" + wide() + b"K\1s."),
+    "checkpoint_version": lambda r: in_rank(
+        r, b"}(" + text("model") + b"}" + text("checkpoint_version") + doubled() + b"u."
+    ),
     "the model of a rank": lambda r: in_rank(r, b"}" + text("model") + doubled() + b"s."),
     "options": lambda r: in_rank(r, b"}(" + text("model") + b"}" + text("args") + doubled() + b"u."),
     "a BytesIO of a trillion": lambda r: object_of(
