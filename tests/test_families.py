@@ -110,9 +110,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # what config.json allows b
     "falcon with biases and parallel layers": ("falcon", {"bias": True, "new_decoder_architecture": False}),
     "galactica": (
         "opt",
-        {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+        {"enable_bias": False, "layer_norm_elementwise_affine": False},
     ),
-    "opt with its own output layer": ("opt", {"tie_word_embeddings": False}),
+    "opt with relu and its own output layer": ("opt", {"activation_function": "relu", "tie_word_embeddings": False}),
     "gpt_bigcode with q, k and v of each head together": ("gpt_bigcode", {"multi_query": False, "n_inner": 48}),
     "gpt2 with another activation and its own output layer": (
         "gpt2",

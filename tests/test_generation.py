@@ -21,6 +21,16 @@ from megapatch.models.tokenizer import Tokenizer
 
 LOGPROB_TOLERANCE = 2e-5  # fp32, logits of other shapes of matrix product
 VOCAB, LENGTH = 96, 64
+FALCON_7B = {"new_decoder_architecture": False, "num_kv_heads": None}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # what the tiny model of a family does not show
+    "falcon 7B": ("falcon", FALCON_7B),
+    "falcon RW": ("falcon", FALCON_7B | {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False}),
+    "galactica": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "qwen2, windows in some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +47,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pr
     """A folder and transformers' model of each family; 'odd' has a vocabulary that two processes cannot halve."""
     root = tmp_path_factory.mktemp("models")
     made = {name: (root / name, tiny_model(root / name, name)) for name in FAMILIES}
+    made |= {name: (root / name, tiny_model(root / name, kind, **more)) for name, (kind, more) in VARIANTS.items()}
     return made | {"odd": (root / "odd", tiny_model(root / "odd", "llama", vocab_size=VOCAB - 1))}
 
 
@@ -79,7 +90,7 @@ def test_every_family_is_tried() -> None:
     assert sorted(known()) == sorted(FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
 def test_greedy_is_transformers_generate_at_every_batch_size(
     family: str, theirs: dict[str, tuple[Path, PreTrainedModel]], models: dict[str, torch.nn.Module]
 ) -> None:
@@ -250,6 +261,10 @@ def test_training_is_as_before_after_generating(models: dict[str, torch.nn.Modul
 LAYOUTS = {
     "llama tp": ("llama", {"tp": 2}),
     "llama tp, sequence parallel": ("llama", {"tp": 2, "sequence_parallel": True}),
+    "one key-value head, learned positions": ("gpt_bigcode", {"tp": 2, "sequence_parallel": True}),
+    "alibi": ("bloom", {"tp": 2, "sequence_parallel": True}),
+    "windows": ("mistral", {"tp": 2}),
+    "parallel layers": ("falcon", {"tp": 2, "sequence_parallel": True}),
     "padded vocabulary": ("odd", {"tp": 2}),
     "experts, tp": ("qwen3_moe", {"tp": 2, "sequence_parallel": True}),
     "experts, ep": ("mixtral", {"ep": 2}),

@@ -4,6 +4,7 @@ import json
 import random
 import string
 from pathlib import Path
+from typing import Any
 
 import references  # noqa: F401  makes AutoModelForCausalLM know the models that transformers lacks
 import torch
@@ -20,7 +21,6 @@ FAMILIES = (
     "mistral",
     "opt",
     "starcoder2",
-    
     "baichuan",
     "chatglm",
     "deepseek",
@@ -40,7 +40,7 @@ _random = random.Random(0)
 PROMPTS = [[_random.randrange(95) for _ in range(length)] for length in (5, 1, 17, 9, 30)]
 
 
-def tiny_model(folder: Path, family: str, **changes: int) -> PreTrainedModel:
+def tiny_model(folder: Path, family: str, **changes: Any) -> PreTrainedModel:
     """Fill a Hugging Face folder with random weights, wide enough apart that no two tokens are almost as probable.
 
     Returns transformers' model.

@@ -1,7 +1,6 @@
 """Qwen2, Qwen2.5 and QwQ: dense decoder with a bias on q, k and v only; some layers may have sliding windows."""
 
-from megapatch.models.cli import UserError
-from megapatch.models.family import TINY, Family, HfConfig, Source
+from megapatch.models.family import TINY, Family, HfConfig, Source, UserError
 from megapatch.models.rules import attention, dense_mlp, embeddings
 
 WINDOW, WITHOUT = 4096, 28  # of a config.json that does not say
