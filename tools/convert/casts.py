@@ -73,22 +73,7 @@ def cast(bits: "ndarray", read: str, write: str) -> "ndarray":
         return bits
     if read == "float32" or (read, write) == ("bfloat16", "float32"):
         return from_float32(to_float32(bits, read), write)
-    if (read, write) == ("bfloat16", "float16"):
-        return _half_of_bfloat(bits)
     return _table(read, write).take(bits)
-
-
-def _half_of_bfloat(bits: "ndarray") -> "ndarray":
-    """bfloat16 -> float16 as stored bits: exact for the sizes that both have, looked up for the others."""
-    made = bits & 0x7FFF
-    made -= 0x3880  # the smallest normal float16, 2**-14
-    others = made >= 0x0F00  # modulo 2**16: smaller than it, or 2**16 and more
-    made += 0x80
-    made <<= 3
-    made |= bits & 0x8000
-    if others.any():
-        made[others] = _table("bfloat16", "float16").take(bits[others])
-    return made
 
 
 @cache
