@@ -17,7 +17,7 @@ from model_folders import core_tensors
 from megapatch.models import device
 
 BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
-BY_ROWS = {"linear_qkv.weight": 2, "linear_qkv.bias": 2, "linear_fc1.weight": 4, "embeddings.weight": 2}
+BY_ROWS = {"linear_qkv.weight": 2, "linear_qkv.bias": 2, "linear_fc1.weight": 4, "word_embeddings.weight": 2}
 BY_ROWS |= {"output_layer.weight": 2}
 PADDING = 8
 
@@ -44,7 +44,7 @@ def shards(key: str, tensor: torch.Tensor) -> list[Any]:
     lead = (
         0 if "layers" not in key else tensor.dim() - (1 if key.endswith(("norm.weight", "norm_weight", "bias")) else 2)
     )
-    if key.endswith(("embeddings.weight", "output_layer.weight")):
+    if key.endswith(("word_embeddings.weight", "output_layer.weight")):
         tensor = torch.cat([tensor, tensor.new_full((PADDING, tensor.shape[1]), 7.0)])
     rows = next((cuts for name, cuts in BY_ROWS.items() if key.endswith(name)), 1)
     axis, cuts = (lead + 1, 2) if key.endswith(BY_COLUMNS) else (lead, rows)
