@@ -80,6 +80,14 @@ def test_a_hugging_face_folder_is_cut_anew_and_cast(kinds, tmp_path):
         assert torch.equal(weights(one)[name], tensor) and torch.equal(weights(wide)[name], tensor.float())
 
 
+def test_the_bias_by_which_experts_are_chosen_stays_as_exact_as_it_is(tmp_path):
+    source = make(tmp_path / "hf", "deepseek_v3", dtype=torch.float32)
+    for to in ("core", "legacy"):
+        back = weights(convert(convert(source, tmp_path / to, "--to", to, "--dtype", "bf16"), tmp_path / f"from-{to}"))
+        kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in back.items()}
+        assert kinds == {"weight": torch.bfloat16, "e_score_correction_bias": torch.float32}
+
+
 @pytest.mark.parametrize(
     "kind, flags, said",
     [

@@ -44,6 +44,37 @@ def test_blobs_of_more_than_4_gib_load(tmp_path):
     assert region == ("float32", shape, blob.data_offset)
 
 
+def test_several_tensors_beyond_4_gib_load(tmp_path):
+    tensors = torch_write.Tensors()
+    value = {
+        name: tensors.add("bfloat16", shape) for name, shape in (("a", (3,)), ("b", (1100, 1000, 2000)), ("c", (2,)))
+    }
+    blob = tensors.blob(value | {"n": 5})
+    with (tmp_path / "big").open("wb") as file:
+        for at, data in (
+            *blob.parts,
+            *((hole, torch.ones(1).bfloat16().view(torch.uint8).numpy()) for hole in blob.holes),
+        ):
+            file.seek(at)
+            file.write(data)
+    found = torch.load(tmp_path / "big", mmap=True)
+    assert blob.holes[2] > 1 << 32 and found["n"] == 5
+    assert (
+        found["a"].tolist() == [1, 0, 0] and found["c"].tolist() == [1, 0] and found["b"][0, 0, :2].tolist() == [1, 0]
+    )
+
+
+def test_more_tensors_than_a_plain_zip_may_have_load():
+    tensors, count = torch_write.Tensors(), 66_000
+    blob = tensors.blob([tensors.add("float32", (1,)) for _ in range(count)])
+    made = bytearray(blob.size)
+    for at, data in blob.parts:
+        made[at : at + len(data)] = data
+    made[blob.holes[-1] : blob.holes[-1] + 4] = torch.tensor([7.0]).numpy().tobytes()
+    found = torch.load(io.BytesIO(made))
+    assert len(found) == count and found[-1] == 7 and found[-2] == 0
+
+
 def saved(value: object, before: bytes = b"") -> io.BytesIO:
     file = io.BytesIO(before)
     file.seek(len(before))
