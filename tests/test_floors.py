@@ -37,7 +37,8 @@ def imports(tree: ast.AST) -> set[str]:
 def allowed(name: str) -> tuple[str, ...]:
     """The prefixes that a file may import from."""
     if name.startswith("models/families/") and not name.endswith("__init__.py"):
-        return ("megapatch.models.family.", "megapatch.models.rules.", "megapatch.models.families.")
+        here = ("megapatch.models.family.", "megapatch.models.rules.", "megapatch.models.families.")
+        return (*here, "megapatch.models.cli.UserError.")
     if name.startswith("tools/"):
         return ("megapatch.models.", f"megapatch.tools.{name.split('/')[1]}.")
     return ("megapatch.models.", "megapatch.trainer.") if name.startswith("trainer/") else ("megapatch.models.",)

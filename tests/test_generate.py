@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tiny_models import byte_tokenizer, letter_tokenizer, tiny_model
+from transformers import CONFIG_MAPPING
 
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.tools.convert.convert import main as convert
@@ -288,6 +289,19 @@ def test_what_cannot_fit_is_one_line(model: Path, tmp_path: Path, capsys: pytest
     for message, name in {"no such file": "absent.txt", "is a folder": "core", "empty; expected": "empty.txt"}.items():
         assert main([*base, "--input", str(tmp_path / name)]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_the_transformers_engine_refuses_a_model_type_that_transformers_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(tmp_path / "m", "qwen")
+    folder = str(letter_tokenizer(tmp_path / "m"))
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "qwen")  # there for other tests only
+    asked = ["--model", folder, "--prompt", "a", "--max-new-tokens", "2"]
+    assert main([*asked, "--engine", "transformers"]) == 1
+    told = capsys.readouterr().err
+    assert "model_type 'qwen': transformers has no such model; use --engine megapatch" in told.splitlines()[-1]
+    assert main(asked) == 0
 
 
 def test_two_processes_read_stdin_once_and_write_once(

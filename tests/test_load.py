@@ -45,7 +45,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ("no .safetensors file", "save_pretrained")),
     "other sizes in config.json": (lambda f: reconfigure(f, intermediate_size=48), ("shape", "config.json")),
     "unsupported setting": (lambda f: reconfigure(f, attention_bias=True), ("attention_bias", "False only")),
-    "unknown type": (lambda f: reconfigure(f, model_type="mamba"), ("model_type 'mamba'", "supported: llama")),
+    "unknown type": (lambda f: reconfigure(f, model_type="mamba"), ("model_type 'mamba'", "supported: baichuan")),
 }
 
 

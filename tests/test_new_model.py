@@ -8,7 +8,7 @@ import pytest
 import torch
 from model_folders import contents, weights
 from tiny_models import letter_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megapatch.models import commit, hf_files, shapes
 from megapatch.tools.convert import convert
@@ -19,6 +19,8 @@ SMALL += ["num_key_value_heads=2", "head_dim=8"]
 EXPERTS = {
     "mixtral": ["num_local_experts=4", "num_experts_per_tok=2"],
     "qwen3_moe": ["num_experts=4", "num_experts_per_tok=2", "moe_intermediate_size=16"],
+    "glm": ["pad_token_id=null"],
+    "glm4": ["pad_token_id=null"],
 }
 LLAMA = ["--model-type", "llama", "--set", *SMALL]
 
@@ -50,7 +52,7 @@ def test_sizes_and_ids_follow_from_settings_and_tokenizer(tokenizer, tmp_path):
     assert commit.verify(made)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["glm", "glm4", "llama", "mixtral", "qwen2", "qwen3", "qwen3_moe"])
 def test_transformers_loads_it_and_mp_convert_takes_it(family, tmp_path):
     sizes = [s for s in SMALL if (family, s) != ("qwen2", "head_dim=8")] + ["vocab_size=50"]
     made = new(tmp_path / "m", "--model-type", family, "--set", *sizes, *EXPERTS.get(family, ()), "--dtype", "fp32")
@@ -96,7 +98,7 @@ def test_weights_have_the_dtype_asked_for(dtype, kind, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--model-type", "gpt9"], "model_type 'gpt9' is not supported; supported: llama"),
+        (["--model-type", "gpt9"], "model_type 'gpt9' is not supported; supported: baichuan"),
         (
             ["--model-type", "llama", "--set", "hiden_size=8"],
             "--set hiden_size: no such setting of llama; hidden_size?",
@@ -108,6 +110,10 @@ def test_weights_have_the_dtype_asked_for(dtype, kind, tmp_path):
         ),
         ([*LLAMA, "num_key_value_heads=3"], "4 attention heads do not divide into 3 groups"),
         ([*LLAMA, 'rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}'], "rope type 'yarn'"),
+        (
+            ["--model-type", "glm4", "--set", *SMALL, "vocab_size=50"],
+            "pad_token_id 151329 is not below vocab_size 50; --set pad_token_id=null",
+        ),
         (["--config", "absent/config.json"], "absent/config.json: missing"),
         ([*LLAMA, "--tokenizer", "absent"], "absent"),
     ],
@@ -117,6 +123,12 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_left(arguments, said, tmp_
     told = capsys.readouterr()
     assert said in told.err and told.err.count("\n") == 1 and told.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_type_that_transformers_lacks_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "qwen")  # there for other tests only
+    assert main(["--model-type", "qwen", "--target", str(tmp_path / "m")]) == 1
+    assert "model_type 'qwen': transformers has no such model; start from published" in capsys.readouterr().err
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tokenizer, tmp_path, capsys):

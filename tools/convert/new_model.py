@@ -99,6 +99,7 @@ def _config(options: Options, settings: dict[str, Any]) -> Any:
     from megapatch.models import family, hf_files
     from megapatch.models.shapes import num_parameters
     from megapatch.models.torch_save import ITEM_BYTES
+    from megapatch.models.transformers_types import refuse_unknown
 
     if options.config is not None:
         path = options.config
@@ -106,6 +107,7 @@ def _config(options: Options, settings: dict[str, Any]) -> Any:
     else:
         base = {"model_type": options.model_type}
     model_type = family.find(base).model_type
+    refuse_unknown(base, "start from published weights")
     defaults = AutoConfig.for_model(model_type)
     known = {*defaults.to_dict(), *base, *family.find(base).tiny, "rope_theta", "rope_scaling"}
     for key in settings:
@@ -118,6 +120,9 @@ def _config(options: Options, settings: dict[str, Any]) -> Any:
         config = AutoConfig.for_model(**base | settings)
     hf = config.to_dict()
     count = num_parameters(hf)
+    padding, rows = hf.get("pad_token_id"), family.vocab_size(hf)
+    if padding is not None and not 0 <= padding < rows:
+        raise UserError(f"config.json: pad_token_id {padding} is not below vocab_size {rows}; --set pad_token_id=null")
     family.rope(hf)
     size = count * ITEM_BYTES[DTYPES[options.dtype]] / 1e9
     log.info("%s parameters, %.3g GB in %s", f"{count:,}", size, options.dtype)

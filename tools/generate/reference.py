@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megapatch.models import hf_files
 from megapatch.models.cli import UserError
 from megapatch.models.generation import Completion
 from megapatch.models.request import Request
+from megapatch.models.transformers_types import refuse_unknown
 
 
 def generate(model: Path, requests: Sequence[Request], tokenizer: Any, dtype: Any, device: Any) -> Iterator[Completion]:
@@ -20,6 +22,7 @@ def generate(model: Path, requests: Sequence[Request], tokenizer: Any, dtype: An
         disable_progress_bar()
     if any(request.sampling.temperature or request.sampling.stop for request in requests):
         raise UserError("--engine transformers: greedy and without stop strings only; drop --temperature and --stop")
+    refuse_unknown(hf_files.config(model), "use --engine megapatch")
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True).to(device).eval()
     for number, request in enumerate(requests):
         prompt = torch.tensor([request.prompt], device=device)
