@@ -128,7 +128,7 @@ UNSUPPORTED = {  # config.json settings that must be refused by name
     "opt": {"do_layer_norm_before": False, "word_embed_proj_dim": 16, "activation_function": "silu", "layerdrop": 0.1},
     "gpt_bigcode": {"add_cross_attention": True, "scale_attn_weights": False, "activation_function": "silu"},
     "gpt2": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "add_cross_attention": True},
-    "starcoder2": {"norm_type": "rms", "mlp_type": "gated", "hidden_act": "silu", "residual_dropout": 0.1},
+    "starcoder2": {"norm_type": "rms", "mlp_type": "gated", "hidden_act": "silu", "layer_types": ["full_attention"]},
     "llama": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "rope_parameters": {"rope_type": "yarn"}},
     "qwen2": {"hidden_act": "relu", "layer_types": ["full_attention", "sliding_attention"] * 2},
     "qwen3": {

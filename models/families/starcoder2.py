@@ -31,18 +31,18 @@ FAMILY = Family(
     reads={
         "layernorm_epsilon": lambda hf: hf.get("norm_epsilon", 1e-5),
         "add_bias_linear": lambda hf: hf.get("use_bias", True),
+        "hidden_dropout": lambda hf: hf.get("residual_dropout", 0.0),
         "window_size": lambda hf: (hf["sliding_window"] - 1, 0) if hf.get("sliding_window") else None,
     },
     only={
         "hidden_act": "gelu_pytorch_tanh",
         "norm_type": "layer_norm",
         "mlp_type": "default",
-        "residual_dropout": 0.0,
-        "embedding_dropout": 0.0,
         "layer_types": None,
     },
     tied=True,
     windows=True,
+    modules=lambda hf: {"adapt": "embedding:starcoder2_dropout"},
     rules=rules,
     tiny=TINY | {"sliding_window": 16},
 )

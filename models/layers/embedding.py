@@ -3,6 +3,7 @@
 Each function is called with a new GPTModel and config.json, and changes the stage that has the embedding.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,11 @@ def offset_positions(model: GPTModel, hf: HfConfig) -> None:
         model.embedding.embedding_dropout.p = 0.0
 
 
-def drop_embedding(model: GPTModel, hf: HfConfig) -> None:
-    """``embd_pdrop`` of config.json, where it is not that of the layers (GPT-2)."""
+def _drop(key: str, default: float, model: GPTModel, hf: HfConfig) -> None:
+    """Dropout of embeddings as config.json's ``key`` says, which need not be that of the layers."""
     if model.pre_process:
-        model.embedding.embedding_dropout.p = hf.get("embd_pdrop", 0.1)
+        model.embedding.embedding_dropout.p = hf.get(key, default)
+
+
+gpt2_dropout = partial(_drop, "embd_pdrop", 0.1)
+starcoder2_dropout = partial(_drop, "embedding_dropout", 0.0)
