@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -113,11 +114,15 @@ def described(line: dict, made: Path) -> bytes:
     if line["from"] == "header":
         whole = (made / line["file"]).read_bytes()
         return whole[line["offset"] : line["offset"] + line["bytes"]]
-    if isinstance(line["from"], dict):
+    if "rows" not in line:
         whole = Path(line["from"]["file"]).read_bytes()
         return whole[line["from"]["offset"] : line["from"]["offset"] + line["bytes"]]
-    made_of = [(Path(p["file"]).read_bytes()[p["offset"] :], p["row_bytes"]) for p in line["from"]]
-    return b"".join(data[row * n : row * n + n] for row in range(line["rows"]) for data, n in made_of)
+    made_of = []
+    for part in line["from"] if isinstance(line["from"], list) else [line["from"]]:
+        data, size = Path(part["file"]).read_bytes()[part["offset"] :], part["row_bytes"]
+        starts = [row * part.get("pitch", size) for row in range(line["rows"])]
+        made_of.append(np.array([np.frombuffer(data, np.uint16, size // 2, start) for start in starts]))
+    return (np.vstack(made_of).T if line.get("transposed") else np.hstack(made_of)).tobytes()
 
 
 @pytest.mark.parametrize("dtype, kind", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])

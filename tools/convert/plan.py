@@ -98,7 +98,7 @@ class Copy(NamedTuple):
         """As a JSON object."""
         said: dict[str, Any] = {"file": self.file, "offset": self.offset, "bytes": self.size, "tensor": self.name}
         origin: list[dict[str, Any]] = [{"file": str(part.source), "offset": part.offset} for part in self.parts]
-        if len(origin) > 1 or self.parts[0].pitch:
+        if len(origin) > 1 or self.parts[0].pitch or self.transposed:
             said["rows"] = self.rows
             for part, place in zip(self.parts, origin, strict=True):
                 place["row_bytes"] = part.items * ITEM_BYTES[self.read]
