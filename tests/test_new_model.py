@@ -11,6 +11,7 @@ from tiny_models import letter_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megapatch.models import commit, hf_files, shapes
+from megapatch.models.family import known
 from megapatch.tools.convert import convert
 from megapatch.tools.convert.new_model import main
 
@@ -56,6 +57,17 @@ def test_sizes_and_ids_follow_from_settings_and_tokenizer(tokenizer, tmp_path):
 def test_transformers_loads_it_and_mp_convert_takes_it(family, tmp_path):
     sizes = [s for s in SMALL if (family, s) != ("qwen2", "head_dim=8")] + ["vocab_size=50"]
     made = new(tmp_path / "m", "--model-type", family, "--set", *sizes, *EXPERTS.get(family, ()), "--dtype", "fp32")
+    model, loading = AutoModelForCausalLM.from_pretrained(made, output_loading_info=True, dtype=torch.float32)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    assert sum(tensor.numel() for tensor in weights(made).values()) == shapes.num_parameters(hf_files.config(made))
+    assert convert.main(["--source", str(made), "--target", str(tmp_path / "core")]) == 0
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gpt2", "gpt_bigcode", "mistral", "opt", "starcoder2"])
+def test_families_with_sizes_of_other_names_are_made_too(family, tmp_path):
+    settings = [f"{key}={json.dumps(value)}" for key, value in known()[family].tiny.items()]
+    made = new(tmp_path / "m", "--model-type", family, "--set", *settings, "--dtype", "fp32")
     model, loading = AutoModelForCausalLM.from_pretrained(made, output_loading_info=True, dtype=torch.float32)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
