@@ -17,6 +17,7 @@ from trainer_runs import ENVIRONMENT, TORCHRUN, launch
 from megapatch.models import family
 
 LOGITS = 5e-5  # sums over two processes are taken in another order
+EPSILON = 1e-3  # at Adam's own 1e-8 a gradient of rounding noise moves a weight as far as any other
 STEPS = 5
 TP, EP = {"tp": 2, "sequence_parallel": True}, {"ep": 2}
 
@@ -79,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         trainer_runs.model(folder, name, name)
         for layout, words in {"alone": {}, **layouts}.items():
             flags = " ".join(f"--{key.replace('_', '-')}" + ("" if n is True else f" {n}") for key, n in words.items())
-            asked = f"--train-iters {STEPS} --micro-batch-size 2 --lr 1e-2 {flags}"
+            asked = f"--train-iters {STEPS} --micro-batch-size 2 --lr 1e-2 --adam-eps {EPSILON} {flags}"
             size = 2 if words else 1
             by_size[size][f"{name} {layout}"] = trainer_runs.arguments(folder, name, "run", asked)
     return {name: log for size, cases in by_size.items() for name, log in launch(size, cases, folder).items()}
@@ -95,5 +96,5 @@ def test_a_family_trains_at_a_layout_as_in_one_process(runs: dict[str, list[dict
     assert expected[-1][1] < expected[0][1]  # the loss falls
     loss, norm = (max(abs(a[i] - b[i]) for a, b in zip(expected, found, strict=True)) for i in (1, 2))
     print(f"{name:14} {layout} loss {found[0][1]:.4f} -> {found[-1][1]:.4f} off by {loss:.1e}  norm off by {norm:.1e}")
-    assert loss <= 2e-5
-    assert norm <= 2e-4
+    assert loss <= 5e-6
+    assert norm <= 2e-5
