@@ -1,9 +1,10 @@
 """A plan carried out: each file written once from its start, through one small buffer, and digested on the way.
 
 The engine is pread, xxh3 and write with a buffer that stays in the processor's cache. copy_file_range was measured
-beside it (tests/bench/engines.py): on ext4 it is no faster where source and target are aligned alike and slower where
-they are not, which is always so here (a checkpoint aligns to 64 bytes, safetensors to 8; nor could such ranges share
-blocks on XFS or btrfs); across file systems it fails; and the digest would need the target read again.
+beside it (tests/bench/engines.py, with fsync): on ext4 as fast where source and target are aligned alike, half as slow
+again where they are not, which is always so here (a checkpoint aligns to 64 bytes, safetensors to 8; nor could such
+ranges share blocks on XFS or btrfs); on tmpfs a fifth faster; across file systems it fails. And the digest would need
+the target read again.
 
 Network file systems: files are written from start to end by one thread each, never mapped, never reopened for writing;
 an error that comes late, with fsync (as NFS tells of a full disk), fails the file. Holes of a source are read as zeros.
