@@ -1,8 +1,8 @@
 """A SentencePiece tokenizer.model as a `tokenizers` backend: read here, so that neither library nor code is needed.
 
 The file is a protocol buffer, ModelProto of sentencepiece_model.proto (google/sentencepiece); its fields are numbered
-there. What comes out is what the published tokenizer.json of Llama 2 is for its tokenizer.model: the library's own ids
-for all text; control and user-defined pieces are added tokens, and the text after one begins with the blank of a word.
+there. The ids are the library's own for all text (of unigram models but for ties between equally good cuts); besides,
+control pieces such as </s> that a text spells out are tokens, as in transformers.
 """
 
 import struct
@@ -15,7 +15,7 @@ from megapatch.models.cli import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
-_BLANK = "▁"  # what the pieces have for a blank
+BLANK = "▁"  # what the pieces have for a blank
 _PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5
 _TYPE, _SUFFIX, _BYTE_FALLBACK, _UNK, _BOS, _EOS, _PAD = 3, 24, 35, 45, 46, 47, 48  # of the trainer's settings
 _CHARSMAP, _DUMMY_PREFIX, _SQUEEZE, _ESCAPE = 2, 3, 4, 5  # of the normalizer's
@@ -30,13 +30,26 @@ class Model:
     trainer: dict[int, Any]
     normalizer: dict[int, Any]
 
+    @property
+    def control(self) -> tuple[str, ...]:
+        """The pieces that stand for no text."""
+        return tuple(text for text, _, kind in self.pieces if kind in (UNKNOWN, CONTROL))
+
+    @property
+    def leads(self) -> bool:
+        """Whether texts begin with a blank that a normalizer cannot add: it would add one after each token, too."""
+        return bool(self.normalizer.get(_DUMMY_PREFIX, 1)) and not self.normalizer.get(_SQUEEZE, 1)
+
+    def led(self, text: str) -> str:
+        """A text as ``backend`` takes it; what begins with a control piece is taken as it is."""
+        return BLANK + text if text and self.leads and not text.startswith(self.control) else text
+
     def special(self) -> dict[str, str]:
         """eos_token and the like -> piece; those that the model has."""
         names = {"unk_token": (_UNK, "<unk>"), "bos_token": (_BOS, "<s>"), "eos_token": (_EOS, "</s>")}
         names["pad_token"] = (_PAD, "<pad>")
         said = {name: self.trainer.get(field, b"").decode() or usual for name, (field, usual) in names.items()}
-        special = {text for text, _, kind in self.pieces if kind in (UNKNOWN, CONTROL)}
-        return {name: text for name, text in said.items() if text in special}
+        return {name: text for name, text in said.items() if text in self.control}
 
 
 def is_spm(path: Path) -> bool:
@@ -61,6 +74,9 @@ def read(path: Path) -> Model:
         "rules for decoding": parts.get(_DENORMALIZER, {}).get(_CHARSMAP),
         "unused pieces": any(kind == UNUSED for _, _, kind in pieces),
         "no unknown piece": not any(kind == UNKNOWN for _, _, kind in pieces),
+        "user-defined pieces and without repeated blanks": (
+            model.normalizer.get(_SQUEEZE, 1) and any(kind == USER_DEFINED for _, _, kind in pieces)
+        ),
     }
     for what in (what for what, found in unsupported.items() if found):
         raise UserError(f"{path}: a SentencePiece model with {what} is not supported; use the model's tokenizer.json")
@@ -68,12 +84,12 @@ def read(path: Path) -> Model:
 
 
 def backend(model: Model) -> Any:
-    """A `tokenizers.Tokenizer` with the ids of the model."""
+    """A `tokenizers.Tokenizer` with the ids of the model for texts that ``led`` has been over."""
     from tokenizers import AddedToken, Tokenizer, decoders
 
     made = Tokenizer(_engine(model))
     made.normalizer = _normalizer(model)
-    decoding = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    decoding = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
     strip = [decoders.Strip(" ", 1, 0)] if model.normalizer.get(_DUMMY_PREFIX, 1) else []
     made.decoder = decoders.Sequence([*decoding, *strip])
     for text, _, kind in model.pieces:
@@ -117,9 +133,9 @@ def _normalizer(model: Model) -> Any:
         steps.append(normalizers.Precompiled(charsmap))
     if model.normalizer.get(_SQUEEZE, 1):
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.normalizer.get(_DUMMY_PREFIX, 1):
-        steps.append(normalizers.Prepend(_BLANK))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", _BLANK)])
+    if model.normalizer.get(_DUMMY_PREFIX, 1) and not model.leads:
+        steps.append(normalizers.Prepend(BLANK))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", BLANK)])
 
 
 def _piece(message: bytes) -> tuple[str, float, int]:

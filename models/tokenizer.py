@@ -81,7 +81,7 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """The largest id + 1, also where ids have holes."""
-        return max(self.vocabulary.values(), default=-1) + 1
+        return self._engine.size()
 
     @cached_property
     def eod_id(self) -> int:
@@ -136,7 +136,7 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its text, None when the vocabulary lacks it."""
-        return self.vocabulary.get(token)
+        return self._engine.token_id(token)
 
     def _special(self, name: str) -> int | None:
         for where in ("tokenizer_config.json", "special_tokens_map.json"):

@@ -12,7 +12,13 @@ from megapatch.models.cli import UserError
 FAST, SPM = "tokenizer.json", "tokenizer.model"
 EXTRA = "pip install 'megapatch[tokenizers]'"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+PLAIN_SPM = (  # classes that are their SentencePiece model and no more; Baichuan's, code of the folder, is Llama's
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "CodeLlamaTokenizer",
+    "CodeLlamaTokenizerFast",
+    "BaichuanTokenizer",
+)
 _PROBE = "a"
 
 
@@ -22,6 +28,12 @@ class Engine(Protocol):
     def encode(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
     def vocabulary(self) -> dict[str, int]: ...
+    def size(self) -> int:
+        """The largest id + 1, also where ids have holes."""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text."""
+
     def special(self, name: str) -> int | None:
         """The id of eos_token and the like where the folder's files do not say it."""
 
@@ -66,12 +78,33 @@ class Fast:
     def vocabulary(self) -> dict[str, int]:
         return cast(dict[str, int], self.backend.get_vocab(with_added_tokens=True))
 
+    def size(self) -> int:
+        return max(self.vocabulary().values(), default=-1) + 1
+
+    def token_id(self, token: str) -> int | None:
+        return cast(int | None, self.backend.token_to_id(token))
+
     def special(self, name: str) -> int | None:
         token = self._special.get(name)
-        return None if token is None else self.backend.token_to_id(token)
+        return None if token is None else self.token_id(token)
 
     def prefix(self) -> list[int]:
         return self._prefix
+
+
+class Spm(Fast):
+    """A SentencePiece model, whose texts begin with a blank."""
+
+    def __init__(self, folder: Folder, model: spm_file.Model) -> None:
+        said = {name: token_text(folder.config.get(name)) for name in SPECIAL}
+        special = model.special() | {name: text for name, text in said.items() if text}
+        super().__init__(folder, spm_file.backend(model), special, [])
+        bos, self._led = self.special("bos_token"), model.led
+        if folder.config.get("add_bos_token") and bos is not None:
+            self._prefix = [bos]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return super().encode([self._led(text) for text in texts])
 
 
 class Slow:
@@ -81,7 +114,8 @@ class Slow:
         self.python_tokenizer = python_tokenizer
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return [self.python_tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        made = self.python_tokenizer  # not its encode: with transformers 5, that of ChatGLM fails in padding nothing
+        return [cast(list[int], made.convert_tokens_to_ids(made.tokenize(text))) for text in texts]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return cast(
@@ -94,31 +128,56 @@ class Slow:
     def vocabulary(self) -> dict[str, int]:
         return cast(dict[str, int], self.python_tokenizer.get_vocab())
 
+    def size(self) -> int:  # each of these leaves out special tokens in one model or another
+        made = self.python_tokenizer
+        ids = (*self.vocabulary().values(), *made.added_tokens_decoder)
+        return max(len(made), made.vocab_size, max(ids, default=-1) + 1)
+
+    def token_id(self, token: str) -> int | None:
+        made = self.python_tokenizer
+        found, unknown = made.convert_tokens_to_ids(token), made.unk_token
+        missing = unknown not in (None, token) and found == made.convert_tokens_to_ids(unknown)
+        return None if missing else cast(int | None, found)
+
     def special(self, name: str) -> int | None:
         return cast(int | None, getattr(self.python_tokenizer, f"{name}_id", None))
 
     def prefix(self) -> list[int]:
-        return before(self.python_tokenizer.encode(_PROBE), self.encode([_PROBE])[0])
+        ids = self.encode([_PROBE])[0]
+        return before(self.python_tokenizer.build_inputs_with_special_tokens(ids), ids)
 
 
 def load(folder: Folder, trust_remote_code: bool) -> Engine:
     """The engine for what the folder holds."""
+    model = folder.path / SPM
+    for path in (folder.path / FAST, model):
+        _refuse_pointer(path)
     if (folder.path / FAST).is_file():
         return _of_json(folder)
-    if folder.code and not trust_remote_code:
-        raise UserError(
-            f"{folder.path}: its tokenizer is Python code of the folder ({folder.code} in tokenizer_config.json), "
-            "which is not run unasked; read it, then give --trust-remote-code, or put a tokenizer.json there"
-        )
-    if folder.code and "--" in folder.code:
-        raise UserError(f"{folder.path}: the code of its tokenizer lies elsewhere ({folder.code}); put the files there")
-    model = folder.path / SPM
-    spm = not folder.code and model.is_file() and spm_file.is_spm(model)
-    if spm and folder.config.get("tokenizer_class", _LLAMA[0]) in _LLAMA:
-        return _of_spm(folder, spm_file.read(model))
-    if not folder.code:
+    spm = model.is_file() and spm_file.is_spm(model)
+    plain = folder.config.get("tokenizer_class", None if folder.code else PLAIN_SPM[0]) in PLAIN_SPM
+    if spm and plain:
+        return Spm(folder, spm_file.read(model))
+    if folder.code:
+        _refuse_code(folder, folder.code, trust_remote_code)
+    else:
         _refuse_missing(model, spm)
     return _of_transformers(folder, trust_remote_code)
+
+
+def _refuse_code(folder: Folder, code: str, trust_remote_code: bool) -> None:
+    if not trust_remote_code:
+        raise UserError(
+            f"{folder.path}: its tokenizer is Python code of the folder ({code} in tokenizer_config.json), "
+            "which is not run unasked; read it, then give --trust-remote-code, or put a tokenizer.json there"
+        )
+    if "--" in code:
+        raise UserError(f"{folder.path}: the code of its tokenizer lies elsewhere ({code}); put the files there")
+
+
+def _refuse_pointer(path: Path) -> None:
+    if path.is_file() and path.open("rb").read(30).startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a pointer of Git LFS, not the file itself; get it with: git lfs pull")
 
 
 def _of_json(folder: Folder) -> Engine:
@@ -134,14 +193,6 @@ def _of_json(folder: Folder) -> Engine:
         return Fast(folder, backend, {}, [bos] if folder.config["add_bos_token"] and bos is not None else [])
     with_special, without = (backend.encode(_PROBE, add_special_tokens=add).ids for add in (True, False))
     return Fast(folder, backend, {}, before(with_special, without))
-
-
-def _of_spm(folder: Folder, model: spm_file.Model) -> Engine:
-    backend, special = spm_file.backend(model), model.special()
-    for name in special.keys() & folder.config.keys():
-        special[name] = token_text(folder.config[name]) or special[name]
-    bos = backend.token_to_id(special.get("bos_token", ""))
-    return Fast(folder, backend, special, [bos] if folder.config.get("add_bos_token") and bos is not None else [])
 
 
 def _of_transformers(folder: Folder, trust_remote_code: bool) -> Engine:

@@ -100,8 +100,11 @@ class OwnTokenizer(PreTrainedTokenizer):
     def vocab_size(self):
         return len(self.ranks)
 
-    def get_vocab(self):
-        return {chr(token[0]): rank for token, rank in self.ranks.items()} | self.added_tokens_encoder
+    def get_vocab(self):  # without special tokens, as Qwen's
+        return {chr(token[0]): rank for token, rank in self.ranks.items()}
+
+    def _pad(self, encoded_inputs):  # without settings that came later, as ChatGLM's
+        return encoded_inputs
 
     def _tokenize(self, text):
         return [chr(byte) for byte in text.encode()]
