@@ -66,6 +66,11 @@ def test_every_way_there_ends_at_the_same_files(way, kinds, tmp_path):
     assert contents(made) == contents(kinds[end])
 
 
+def test_the_manifest_says_the_layout(kinds):
+    said = json.loads((kinds["legacy"] / "release" / "manifest.json").read_text())
+    assert {"to": "legacy", "tp": 2, "pp": 2}.items() <= said.items() and "chunk" not in said
+
+
 def test_the_automatic_target_is_core_for_hugging_face_and_hugging_face_for_the_rest(kinds, tmp_path):
     for kind, expected in (("hf", "core"), ("core", "hf"), ("legacy", "hf")):
         assert contents(convert(kinds[kind], tmp_path / kind)) == contents(kinds[expected])

@@ -114,6 +114,11 @@ class Options(Common):
         if self.make_vocab_size_divisible_by is not None and self.make_vocab_size_divisible_by < 1:
             raise ValueError("--make-vocab-size-divisible-by must be 1 or more")
 
+    def given(self) -> dict[str, str | int]:
+        """What was said of a layout, for the manifest."""
+        said = {name: getattr(self, name) for name in (*_SIZES, "chunk", "spec", "experts")}
+        return {name: value for name, value in said.items() if value is not None}
+
     def layout(self) -> Parallel:
         """The layout that --tp and the like give (ValueError)."""
         return _layout({name: getattr(self, name) for name in _SIZES})
@@ -175,7 +180,7 @@ def convert(options: Options) -> None:
         sys.stdout.writelines(json.dumps(line) + "\n" for line in plan.lines())
         return
     if not options.verify or options.force or not any(target.glob("*")):
-        about = {"source": str(options.source), "dtype": options.dtype}
+        about = {"source": str(options.source), "dtype": options.dtype, "to": to} | options.given()
         name_it = (lambda: None) if to == "hf" else lambda: core_files.write_tracker(root, core_files.RELEASE)
         write(plan, target, root=root, force=options.force, jobs=options.jobs, about=about, name_it=name_it)
     if options.verify:
