@@ -145,3 +145,16 @@ def test_chatglm_1_is_refused_by_name() -> None:
     old = {"model_type": "chatglm", "position_encoding_2d": True, "inner_hidden_size": 16384, "num_layers": 28}
     with pytest.raises(cli.UserError, match="position_encoding_2d is True; chatglm supports None only"):
         family.placed_rules(old)
+
+
+@pytest.mark.parametrize("name", ["glm", "glm4"])
+def test_the_rotated_part_of_a_head_is_read_in_either_spelling(name: str) -> None:
+    hf, base = PUBLISHED["glm-4-9b-chat-hf"][0] | {"model_type": name}, {"rope_theta": 1e4}
+    for settings, part in {
+        (): 0.5,
+        (("partial_rotary_factor", 0.25),): 0.25,
+        (("rope_theta", 1e4), ("partial_rotary_factor", 1.0)): 1.0,
+    }.items():
+        expected = [1e4 ** (-i / (128 * part)) for i in range(0, int(128 * part), 2)]
+        assert family.inverse_frequencies(hf | dict(settings)) == expected
+        assert family.inverse_frequencies(hf | {"rope_parameters": base | dict(settings)}) == expected
