@@ -94,3 +94,10 @@ def test_falcon_rounds_slopes_places_and_biases_to_bf16() -> None:
     places = torch.arange(600)
     theirs = build_alibi_tensor(torch.ones(1, 600, dtype=torch.int64), 12, torch.float32)[:, 0]
     assert torch.equal(module(12, torch.float32, FalconAlibiAttention).bias(places).T, theirs)
+
+
+@pytest.mark.gpu
+def test_a_gpu_adds_the_same_bias() -> None:
+    given = inputs(5, torch.bfloat16)
+    found = module(5, torch.bfloat16)(*(x.to("cuda") for x in given)).double().cpu()
+    torch.testing.assert_close(found, written_out(*given, slopes(5)), rtol=0, atol=ROUNDING[torch.bfloat16])

@@ -136,6 +136,8 @@ def test_flash_attn_is_called_as_its_interface_says_and_only_in_half_precision()
 
 
 @pytest.mark.gpu
-def test_a_gpu_computes_what_the_cpu_computes() -> None:
-    found = module(torch.bfloat16)(*(x.to("cuda", torch.bfloat16) for x in inputs()))
-    torch.testing.assert_close(found.double().cpu(), written_out(*inputs()), rtol=0, atol=3e-2)
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_gpu_computes_what_the_cpu_computes(window: int | None) -> None:
+    made = module(torch.bfloat16, window_size=window and (window - 1, 0))
+    found = made(*(x.to("cuda", torch.bfloat16) for x in inputs()))
+    torch.testing.assert_close(found.double().cpu(), written_out(*inputs(), window=window), rtol=0, atol=3e-2)

@@ -56,7 +56,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # what config.json allows b
         "baichuan",
         {"max_position_embeddings": None, "hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2},
     ),
-    "chatglm without biases, one group": ("chatglm", {"add_qkv_bias": False, "multi_query_group_num": 1}),
+    "chatglm with one group": ("chatglm", {"multi_query_group_num": 1}),
     "glm without biases, a quarter of each head rotated": (
         "glm",
         {"attention_bias": False, "partial_rotary_factor": 0.25, "num_key_value_heads": 1},
@@ -124,7 +124,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # what config.json allows b
 UNSUPPORTED = {  # config.json settings that must be refused by name
     "mistral": {"hidden_act": "gelu", "layer_types": ["full_attention", "sliding_attention"]},
     "bloom": {"apply_residual_connection_post_layernorm": True, "hidden_dropout": 0.1},
-    "falcon": {"activation": "relu", "hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "falcon": {"activation": "relu", "hidden_dropout": 0.1, "attention_dropout": 0.1, "alibi": True},
     "opt": {"do_layer_norm_before": False, "word_embed_proj_dim": 16, "activation_function": "silu", "layerdrop": 0.1},
     "gpt_bigcode": {"add_cross_attention": True, "scale_attn_weights": False, "activation_function": "silu"},
     "gpt2": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "add_cross_attention": True},
@@ -162,6 +162,7 @@ UNSUPPORTED = {  # config.json settings that must be refused by name
         "rmsnorm": False,
         "post_layer_norm": False,
         "original_rope": False,
+        "add_qkv_bias": False,
         "add_bias_linear": True,
         "apply_residual_connection_post_layernorm": True,
         "hidden_dropout": 0.1,

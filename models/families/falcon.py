@@ -5,7 +5,7 @@ RW has biases and layers in sequence. q, k and v of each group of heads lie toge
 
 from typing import Literal
 
-from megapatch.models.family import TINY, Family, HfConfig
+from megapatch.models.family import TINY, Family, HfConfig, UserError
 from megapatch.models.rules import CORE, Rule, with_bias
 
 HF, ATTENTION, MLP = "transformer.h.{l}.", CORE + "self_attention.", CORE + "mlp."
@@ -20,10 +20,11 @@ def norms(hf: HfConfig) -> Literal["sequence", "shared", "two"]:
 
 def groups(hf: HfConfig) -> int:
     """Key-value heads."""
-    if not hf.get("new_decoder_architecture", False) and hf.get("multi_query", True):
-        return 1
-    every = hf["num_attention_heads"]
-    return hf.get("num_kv_heads") or every if hf.get("new_decoder_architecture", False) else every
+    heads, new = hf["num_attention_heads"], hf.get("new_decoder_architecture", False)
+    found = (hf.get("num_kv_heads") or heads) if new else (1 if hf.get("multi_query", True) else heads)
+    if hf.get("alibi") and found != heads:
+        raise UserError("config.json: alibi is True; falcon supports it with a key-value head for each head only")
+    return found
 
 
 def modules(hf: HfConfig) -> dict[str, str]:
@@ -65,7 +66,7 @@ FAMILY = Family(
         "layernorm_epsilon": lambda hf: hf.get("layer_norm_epsilon", 1e-5),
         "add_bias_linear": lambda hf: bool(hf.get("bias")),
     },
-    only={"activation": "gelu", "hidden_dropout": 0.0, "attention_dropout": 0.0, "n_embed": None},
+    only={"activation": "gelu", "hidden_dropout": 0.0, "attention_dropout": 0.0},
     tied=True,
     positions=lambda hf: "none" if hf.get("alibi") else "rope",
     max_positions=lambda hf: None if hf.get("alibi") else hf.get("max_position_embeddings", 2048),

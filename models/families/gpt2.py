@@ -51,7 +51,12 @@ FAMILY = Family(
     model_type="gpt2",
     fixed=FIXED,
     reads=READS,
-    only=ONLY | {"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False},
+    only=ONLY
+    | {
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "attention_head_type": "multihead",  # SantaCoder's own code says multiquery
+    },
     tied=True,
     positions=lambda hf: "learned_absolute",
     max_positions="n_positions",

@@ -8,14 +8,18 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+_PASSED_ON = ("inference_context", "rotary_pos_emb", "packed_seq_params")  # to attention
+_UNUSED = ("dynamic_inference_decode_only",)  # a label of recorded graphs
+
 
 class ParallelLayer(TransformerLayer):
     """x + attention(norm(x)) + mlp(norm(x)), each with a norm of its own. Dropout of the results is not supported."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
         """[s, b, h] -> [s, b, h], and the context, which decoders have none of."""
-        known = ("inference_context", "rotary_pos_emb", "packed_seq_params")
-        given = {key: value for key, value in kwargs.items() if key in known}
+        given = {key: value for key, value in kwargs.items() if key in _PASSED_ON}
+        unread = {key for key, value in kwargs.items() if value is not None} - {*_PASSED_ON, *_UNUSED}
+        assert not unread, f"{unread} are not supported"
         normed = self.input_layernorm(hidden_states)
         other = self.mlp_input(hidden_states, normed)
         attended, mixed = self.self_attention(normed, attention_mask=attention_mask, **given), self.mlp(other)
