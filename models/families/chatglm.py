@@ -1,19 +1,19 @@
 """ChatGLM2, ChatGLM3, CodeGeeX2 and GLM-4 9B as the hub's remote code has them: GLM-4's layer under older names.
 
 Facts: the hub's modeling_chatglm.py. ``apply_query_key_layer_scaling`` divides and multiplies by the same number. The
-first ChatGLM and GLM-130B, which also say ``model_type: chatglm``, are other models (2D rotary embedding, prefix mask)
-and are refused.
+first ChatGLM and GLM-130B (2D rotary embedding, prefix mask), which have the same ``model_type``, are refused.
 """
 
 from typing import Any
 
 from megapatch.models.cli import UserError
 from megapatch.models.family import Family, HfConfig
-from megapatch.models.rules import CORE, Rule, fused_by_group
+from megapatch.models.rules import CORE, Rule, fused_by_group, with_bias
 
 HF = "transformer.encoder.layers.{l}."
 QKV = CORE + "self_attention.linear_qkv."
 VOCABULARY_GLM4 = 151552
+SAME = ("num_layers", "ffn_hidden_size", "kv_channels", "layernorm_epsilon")  # named as in TransformerConfig
 
 
 def rope(hf: HfConfig) -> dict[str, Any]:
@@ -31,25 +31,19 @@ def rope(hf: HfConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     model_type="chatglm",
-    fixed={"rotary_interleaved": True},
-    reads={
-        "num_layers": "num_layers",
-        "ffn_hidden_size": "ffn_hidden_size",
-        "num_query_groups": "multi_query_group_num",
-        "kv_channels": "kv_channels",
-        "layernorm_epsilon": "layernorm_epsilon",
-        "add_qkv_bias": lambda hf: hf.get("add_qkv_bias", False),
-    },
+    fixed={"rotary_interleaved": True, "add_qkv_bias": True},
+    reads={name: name for name in SAME} | {"num_query_groups": "multi_query_group_num"},
     only={
         "multi_query_attention": True,
         "rmsnorm": True,
         "post_layer_norm": True,
         "original_rope": True,
+        "add_qkv_bias": True,
         "add_bias_linear": False,
         "apply_residual_connection_post_layernorm": False,
         "hidden_dropout": 0.0,
-        "pre_seq_len": None,
         "quantization_bit": 0,
+        "pre_seq_len": None,
         "vision_config": None,
         "position_encoding_2d": None,
     },
@@ -63,10 +57,8 @@ FAMILY = Family(
         Rule("decoder.final_layernorm.weight", ("transformer.encoder.final_layernorm.weight",)),
         Rule("output_layer.weight", ("transformer.output_layer.weight",)),
         Rule(QKV + "layer_norm_weight", (HF + "input_layernorm.weight",)),
-        *(
-            Rule(QKV + kind, (HF + "self_attention.query_key_value." + kind,), fused_by_group, shapes=(shape,))
-            for kind, shape in {"weight": "q+k+k h", "bias": "q+k+k"}.items()
-            if kind == "weight" or hf.get("add_qkv_bias", False)
+        *with_bias(
+            Rule(QKV + "{k}", (HF + "self_attention.query_key_value.{k}",), fused_by_group, shapes=("q+k+k h",))
         ),
         Rule(CORE + "self_attention.linear_proj.weight", (HF + "self_attention.dense.weight",)),
         Rule(CORE + "mlp.linear_fc1.layer_norm_weight", (HF + "post_attention_layernorm.weight",)),
