@@ -143,6 +143,19 @@ def test_the_checkpoint_of_a_run_is_not_replaced_in_its_tracker(kinds, tmp_path,
     assert core_files.read_tracker(run) == 7
 
 
+def test_all_that_is_missing_or_has_no_place_is_counted(kinds, tmp_path, capsys):
+    source = make(tmp_path / "hf", "llama")
+    whole, norms = weights(source), [f"model.layers.{n}.input_layernorm.weight" for n in range(4)]
+    save_file({n: t for n, t in whole.items() if n not in norms}, source / "model.safetensors")
+    fails(source, tmp_path / "x", capsys, f"{norms[0]} (and 3 more): missing in the source")
+    save_file(whole | {f"extra.{n}": torch.ones(1) for n in range(3)}, source / "model.safetensors")
+    fails(source, tmp_path / "x", capsys, "extra.0 (and 2 more): has no place in a llama model")
+    core = shutil.copytree(kinds["core"], tmp_path / "core")
+    (core / "release" / "manifest.json").unlink()
+    json_changed(core / "release" / "hf" / "config.json", model_type="llama")
+    fails(core, tmp_path / "x", capsys, "linear_qkv.bias: in the checkpoint, but has no place in a llama model")
+
+
 def rank(folder: Path, number: str = "00_000") -> Path:
     return folder / "release" / f"mp_rank_{number}" / "model_optim_rng.pt"
 

@@ -13,7 +13,7 @@ from megapatch.models.cuts import Region
 from megapatch.models.rules import Placed
 from megapatch.models.torch_save import ITEM_BYTES
 from megapatch.tools.convert.matrix import Matrix, Rectangle, stack
-from megapatch.tools.convert.source import check_dtype, model_of
+from megapatch.tools.convert.source import check_dtype, model_of, named
 
 _STATE = re.compile(r"(?:^|\.)(optimizer|rng_state|rerun_state_machine_state|opt_param_scheduler)(?:\.|/|$)")
 _HALVES = ("_w", "_v")  # gate and up of fc1 apart, as singleton_local_shards has them
@@ -59,8 +59,9 @@ class CoreSource:
         """Refuse tensors of the model that have no place in it; name the training state that is left out."""
         used = {tensor.key for tensors, _ in self._found.values() for tensor in tensors}
         state = {key for key in self.checkpoint.tensors if _STATE.search(key)}
-        for key in sorted(self.checkpoint.tensors.keys() - used - state):
-            raise UserError(f"{key}: in the checkpoint, but has no place in a {self.model.layout.model_type} model")
+        if unknown := self.checkpoint.tensors.keys() - used - state:
+            kind = self.model.layout.model_type
+            raise UserError(f"{named(unknown)}: in the checkpoint, but has no place in a {kind} model")
         left = state | {key for key in self.checkpoint.objects if "_extra_state" not in key}
         if left:
             self.notes.append(f"left out: {len(left)} tensors and objects of training state (such as {min(left)})")

@@ -13,7 +13,7 @@ from megapatch.models.rules import Placed
 from megapatch.models.torch_save import ITEM_BYTES
 from megapatch.tools.convert.matrix import Matrix, Rectangle, stack
 from megapatch.tools.convert.plan import Scale
-from megapatch.tools.convert.source import FP8, Model, check_dtype, model_of
+from megapatch.tools.convert.source import FP8, Model, check_dtype, model_of, named
 
 _SCALE = "_scale_inv"  # of a quantised weight, in the same files
 _QUANTISED = "quantization_config"
@@ -74,8 +74,8 @@ class HfSource:
     def _account(self, wanted: set[str]) -> None:
         """Refuse a missing tensor, and one that has no place in the model."""
         found, layout = self.tensors, self.model.layout
-        for name in sorted(wanted - found.keys()):
-            raise UserError(f"{name}: missing in the source; config.json ({layout.model_type}) asks for it")
+        if missing := wanted - found.keys():
+            raise UserError(f"{named(missing)}: missing in the source; config.json ({layout.model_type}) asks for it")
         for name, scale in self.scales.items():
             if found[name].dtype != FP8:
                 raise UserError(f"{scale.name}: scales of {name}, which is {found[name].dtype}; expected {FP8}")
@@ -89,8 +89,10 @@ class HfSource:
                     f"{name}: differs from {twin}, but config.json ties them; "
                     "set tie_word_embeddings to false to keep it"
                 )
-            else:
-                raise UserError(f"{name}: has no place in a {layout.model_type} model; is this the right config.json?")
+        if unknown := found.keys() - wanted - twins.keys():
+            raise UserError(
+                f"{named(unknown)}: has no place in a {layout.model_type} model; is this the right config.json?"
+            )
 
 
 def _block_sizes(config: Mapping[str, Any]) -> tuple[int, int] | None:

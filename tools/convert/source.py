@@ -1,7 +1,7 @@
 """What every source of weights gives, and which kind a folder is."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +75,11 @@ def check_dtype(name: str, dtype: str) -> None:
     """Refuse what is no weight (UserError)."""
     if dtype not in FLOATS:
         raise UserError(f"{name}: dtype {dtype} is not supported; supported: {', '.join(FLOATS)}")
+
+
+def named(names: Collection[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return min(names) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def kind_of(folder: Path) -> tuple[str, Path]:
