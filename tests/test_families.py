@@ -163,7 +163,6 @@ UNSUPPORTED = {  # config.json settings that must be refused by name
         "post_layer_norm": False,
         "original_rope": False,
         "add_qkv_bias": False,
-        "add_qkv_bias": False,
         "add_bias_linear": True,
         "apply_residual_connection_post_layernorm": True,
         "hidden_dropout": 0.1,
