@@ -189,9 +189,13 @@ def _git_commit() -> str:
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / ".git").exists():  # an installed wheel may lie inside somebody else's repository
         return "-"
-    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    git = ["git", "--no-optional-locks", "-C", str(checkout)]  # describe --dirty (2.39) locks the index all the same
+    asked = (["describe", "--always"], ["status", "--porcelain", "--untracked-files=no"])
     try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip() or "-"
+        commit, changed = (
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=5).stdout.strip() for words in asked
+        )
+        return f"{commit}-dirty" if commit and changed else commit or "-"
     except (OSError, subprocess.TimeoutExpired):
         return "-"
 

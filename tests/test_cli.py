@@ -326,3 +326,21 @@ def test_wrong_usage_is_left_for_the_report_of_torchrun_by_every_rank(rank, tmp_
     message = f"mp-test[{rank}]: error: unrecognized arguments: --bogus"
     assert json.loads(word.read_text())["message"]["message"] == message
     assert capsys.readouterr().err.count("--bogus") == (rank == "0")  # said once a node
+
+
+def test_asking_for_versions_leaves_the_index_of_the_checkout_alone(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "cli.py").write_text("")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "models" / "cli.py"))
+    os.utime(tmp_path / "models" / "cli.py", (1, 1))  # git would note that it is unchanged
+    before = (tmp_path / ".git" / "index").stat().st_ino
+    cli._git_commit.cache_clear()
+    clean = cli.versions()["git"]
+    (tmp_path / "models" / "cli.py").write_text("changed")
+    cli._git_commit.cache_clear()
+    assert cli.versions()["git"] == clean + "-dirty" and len(clean) >= 7
+    assert (tmp_path / ".git" / "index").stat().st_ino == before
+    cli._git_commit.cache_clear()
