@@ -18,6 +18,7 @@ VOCABULARIES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "*.model",  # ice_text.model of ChatGLM, tiktoken.model of Moonlight
     "vocab.json",
     "vocab.txt",
     "*.tiktoken",

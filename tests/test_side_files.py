@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from model_folders import contents, make
 
+from megapatch.models.tokenizer import copy_tokenizer
 from megapatch.tools.convert.convert import main as convert
 
 CHAT = "chat_template.jinja", "additional_chat_templates/tool_use.jinja"
@@ -106,6 +107,27 @@ def test_the_files_of_a_published_model_come_along(
     carried = contents(core / "release" / "hf")
     assert {name: carried.get(name) for name in PUBLISHED[model]} == {
         name: content for name, content in contents(source).items() if name in PUBLISHED[model]
+    }
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_training_run_carries_them_on(model: str, tmp_path: Path) -> None:
+    """Every checkpoint gets the tokenizer of the model, and its code where it has some."""
+    kinds = (".json", ".model", ".tiktoken", "merges.txt", ".jinja")
+    names = {name for name in PUBLISHED[model] if name.endswith(kinds)} - {"params.json"}
+    code = (
+        {name for name in PUBLISHED[model] if name.endswith(".py")}
+        if "tokenization_" in str(PUBLISHED[model])
+        else set()
+    )
+    for name in {*names, *code, "model.safetensors"}:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    if code:
+        (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization.Own", null]}}')
+    assert set(copy_tokenizer(tmp_path, tmp_path / "copy")) == names | code
+    assert {name: (tmp_path / "copy" / name).read_bytes() for name in names | code} == {
+        name: (tmp_path / name).read_bytes() for name in names | code
     }
 
 
