@@ -80,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         trainer_runs.model(folder, name, name)
         for layout, words in {"alone": {}, **layouts}.items():
             flags = " ".join(f"--{key.replace('_', '-')}" + ("" if n is True else f" {n}") for key, n in words.items())
-            asked = f"--train-iters {STEPS} --micro-batch-size 2 --lr 1e-2 --adam-eps {EPSILON} {flags}"
+            asked = f"--train-iters {STEPS} --micro-batch-size 2 --lr 5e-3 --adam-eps {EPSILON} {flags}"
             size = 2 if words else 1
             by_size[size][f"{name} {layout}"] = trainer_runs.arguments(folder, name, "run", asked)
     return {name: log for size, cases in by_size.items() for name, log in launch(size, cases, folder).items()}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +25,14 @@ VOCABULARY = 511  # odd: tensor parallelism does not divide it
 
 
 def corpus(folder: Path, vocabulary: int = VOCABULARY) -> Path:
-    """A tokenizer in FOLDER/tokenizer and data at FOLDER/data, of this project's sources."""
-    text = [str(path) for path in sorted((ROOT / "models").glob("*.py"))]
+    """A tokenizer in FOLDER/tokenizer and data at FOLDER/data, of text that never changes."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices(string.ascii_lowercase, k=chance.randint(2, 9))) for _ in range(400)]
+    often = [1 / rank for rank in range(1, 401)]  # as in natural text
+    text = [str(folder / f"text{n:02}.txt") for n in range(20)]
+    for path in text:
+        lines = (" ".join(chance.choices(words, often, k=12)) for _ in range(60))
+        Path(path).write_text("\n".join(lines))
     size = ["--vocab-size", str(vocabulary), "--output", str(folder / "tokenizer")]
     assert train_tokenizer(["--input", *text, *size]) == 0
     return data(folder, "data", text)
