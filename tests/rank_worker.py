@@ -28,15 +28,32 @@ Chunks = list[dict[str, Any]]
 Models = list[torch.nn.Module]
 
 
+def further(hf: dict[str, Any]) -> dict[str, Any]:
+    """The layers for multi-token prediction, which ``build`` leaves out unless it is asked for them."""
+    return {"mtp_num_layers": family.find(hf).transformer_config(hf).get("mtp_num_layers")}
+
+
 def oracle(hf: dict[str, Any], options: parallel.Parallel, found: device.Device, core: Path) -> Models:
     """The chunks of this rank, with weights that unmodified dist_checkpointing.load read."""
+    from megatron.core import dist_checkpointing
+
     from megapatch.models.build import ModelOptions, build
-    from megapatch.models.load import load_core
 
     device.seed_everything(dist.get_rank(), 0)
-    chunks = build(hf, ModelOptions(options, found))
-    load_core(chunks, core)
+    chunks = build(hf, ModelOptions(options, found, overrides=further(hf)))
+    loaded = dist_checkpointing.load(sharded(chunks), str(core))
+    for key, chunk in zip(keys(len(chunks)), chunks, strict=True):
+        chunk.load_state_dict(loaded[key])
     return chunks
+
+
+def sharded(chunks: Models, **more: Any) -> dict[str, Any]:
+    """What dist_checkpointing saves and loads of the chunks of this rank."""
+    from megatron.core import parallel_state
+
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True), **more}
+    named = zip(keys(len(chunks)), chunks, strict=True)
+    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in named}
 
 
 def own_models(hf: dict[str, Any], options: parallel.Parallel, found: device.Device) -> Models:
@@ -122,29 +139,28 @@ def save_as_megatron_does(models: Models, case: dict[str, Any]) -> None:
         torch.save(state, path)
     folder = Path(case["apart"])
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {
-        "singleton_local_shards": case["args"],
-        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
-    }
-    sharded = {key: m.sharded_state_dict(metadata=metadata) for key, m in zip(keys(len(models)), models, strict=True)}
-    dist_checkpointing.save(sharded | {"iteration": 7}, str(folder))
+    apart = sharded(models, singleton_local_shards=case["args"])
+    dist_checkpointing.save(apart | {"iteration": 7}, str(folder))
 
 
 def reads_each_byte_once(hf: dict[str, Any], options: parallel.Parallel, found: device.Device, folder: Path) -> None:
     """Every part of a weight that this rank holds is a chunk of the checkpoint."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
     from megapatch.models.build import ModelOptions, build
     from megapatch.models.core_files import Checkpoint
-    from megapatch.models.load import sharded_tensors
 
     with Checkpoint(folder) as checkpoint:
         chunks = {(key, c.offsets, c.sizes) for key, tensor in checkpoint.tensors.items() for c in tensor.chunks}
-    for chunk in build(hf, ModelOptions(options, found)):
-        for tensor in sharded_tensors(chunk):
-            lead = tensor.prepend_axis_num
-            offsets, sizes = tuple(tensor.global_offset), (*(1,) * lead, *tensor.local_shape)
-            if tensor.allow_shape_mismatch:  # rows that pad the vocabulary are not stored
-                sizes = (min(sizes[0], family.vocab_size(hf) - offsets[0]), *sizes[1:])
-            assert (tensor.key, offsets, sizes) in chunks, (tensor.key, offsets, sizes)
+    state = sharded(build(hf, ModelOptions(options, found, overrides=further(hf))))
+    apply_factories(state)
+    for tensor in (value for value in nested_values(state) if isinstance(value, ShardedTensor)):
+        lead = tensor.prepend_axis_num
+        offsets, sizes = tuple(tensor.global_offset), (*(1,) * lead, *tensor.local_shape)
+        if tensor.allow_shape_mismatch:  # rows that pad the vocabulary are not stored
+            sizes = (min(sizes[0], family.vocab_size(hf) - offsets[0]), *sizes[1:])
+        assert (tensor.key, offsets, sizes) in chunks, (tensor.key, offsets, sizes)
 
 
 def check(case: dict[str, Any]) -> None:
