@@ -14,7 +14,7 @@ from test_readme import matches
 
 from megapatch.models import families, family, rules
 from megapatch.tools.convert.convert import main as convert
-from megapatch.tools.convert.verify import main as verify
+from megapatch.tools.verify.verify import main as verify
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "add-a-family.md").read_text()

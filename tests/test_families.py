@@ -10,7 +10,7 @@ from model_folders import contents, make, soften
 
 from megapatch.models import cli, family
 from megapatch.tools.convert.convert import main as convert
-from megapatch.tools.convert.verify import main as verify
+from megapatch.tools.verify.verify import main as verify
 
 LLAMA3 = {"rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 0.707, "mscale_all_dim": 1.0}

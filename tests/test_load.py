@@ -9,7 +9,7 @@ import torch
 from model_folders import make, weights
 from safetensors.torch import save_file
 
-from megapatch.tools.convert.verify import main as verify
+from megapatch.tools.verify.verify import main as verify
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megapatch.models import cli, family
 from megapatch.models.shapes import num_parameters
 from megapatch.tools.convert.convert import main as convert
-from megapatch.tools.convert.verify import main as verify
+from megapatch.tools.verify.verify import main as verify
 
 QWEN = {"model_type": "qwen", "layer_norm_epsilon": 1e-6, "kv_channels": 128, "no_bias": True, "use_dynamic_ntk": True}
 BAICHUAN_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}

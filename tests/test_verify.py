@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megapatch.models import device, hf_files, parallel
 from megapatch.tools.convert.convert import main as convert
-from megapatch.tools.convert.verify import main as verify
+from megapatch.tools.verify.verify import main as verify
 
 Parts = dict[str, torch.Tensor]
 
@@ -56,8 +56,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, An
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_filled_layer_by_layer_computes_what_the_whole_model_does(name: str, models: Any) -> None:
     found = device.start()
-    from megapatch.tools.convert.verify_sides import Sides
-    from megapatch.tools.convert.verify_stream import Pass
+    from megapatch.tools.verify.sides import Sides
+    from megapatch.tools.verify.stream import Pass
 
     try:
         parallel.start(parallel.Parallel(), found)
@@ -223,12 +223,12 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_named(
 def test_where_layers_cannot_be_told_apart_only_logits_are_compared_and_it_is_said(
     models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megapatch.tools.convert import verify_hf
+    from megapatch.tools.verify import by_transformers
 
     def unlike(*_: object) -> None:
-        raise verify_hf.Unlike("no list of layers")
+        raise by_transformers.Unlike("no list of layers")
 
-    monkeypatch.setattr(verify_hf, "HfNames", unlike)
+    monkeypatch.setattr(by_transformers, "HfNames", unlike)
     both = ("--source", models("llama"), "--target", models("llama"))
     status, result, told = run(capsys, *both)
     assert (status, result["compared"], result["max_abs_diff"]) == (0, "logits", 0.0)
@@ -287,7 +287,7 @@ def test_sources_of_rounding_need_both_engines_and_bf16(models: Any, capsys: pyt
 
 PEAK = """
 import sys
-from megapatch.tools.convert.verify import main
+from megapatch.tools.verify.verify import main
 status = main(["--source", sys.argv[1], "--target", sys.argv[2], "--tokens", "16"])
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # of this program: rusage counts
 print(1024 * int(peak.split()[1]))                                                   # what its parent had held, too

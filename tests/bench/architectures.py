@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model_folders
 from model_folders import FAMILIES, make, soften
 
 from megapatch.tools.convert.convert import main as convert
-from megapatch.tools.convert.verify import main as verify
+from megapatch.tools.verify.verify import main as verify
 
 TOKENS = 128  # as the tests of families, which hold the difference to 1e-5
 
