@@ -19,6 +19,7 @@ from megapatch.models import family
 LOGITS = 5e-5  # sums over two processes are taken in another order
 EPSILON = 1e-3  # at Adam's own 1e-8 a gradient of rounding noise moves a weight as far as any other
 STEPS = 5
+MICRO_BATCHES = (1, 2, 4)
 TP, EP = {"tp": 2, "sequence_parallel": True}, {"ep": 2}
 
 
@@ -83,7 +84,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
             asked = f"--train-iters {STEPS} --micro-batch-size 2 --lr 5e-3 --adam-eps {EPSILON} {flags}"
             size = 2 if words else 1
             by_size[size][f"{name} {layout}"] = trainer_runs.arguments(folder, name, "run", asked)
+    trainer_runs.model(folder, "weighty", "deepseek", aux_loss_alpha=1.0)
+    for rows in MICRO_BATCHES:
+        asked = f"--train-iters 1 --micro-batch-size {rows}"
+        by_size[1][f"micro-batch {rows}"] = trainer_runs.arguments(folder, "weighty", "run", asked)
     return {name: log for size, cases in by_size.items() for name, log in launch(size, cases, folder).items()}
+
+
+@pytest.mark.timeout(1800)
+def test_the_balancing_loss_of_each_sequence_does_not_depend_on_the_micro_batch(runs: dict[str, list[dict]]) -> None:
+    norms = [trainer_runs.steps(runs[f"micro-batch {rows}"])[0][2] for rows in MICRO_BATCHES]
+    assert max(norms) - min(norms) < 1e-5
 
 
 @pytest.mark.timeout(1800)

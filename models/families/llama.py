@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2: dense decoder, grouped-query attention, RoPE, SwiGLU, RMSNorm.
+"""Llama 1, 2, 3, 3.1, 3.2, CodeLlama, Yi and DeepSeek LLM: grouped-query attention, RoPE, SwiGLU, RMSNorm.
 
 Sizes that differ between releases come from config.json. Llama 3.2 1B and 3B tie the output layer to the embedding.
 """

@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and QwQ: dense decoder with a bias on q, k and v only; some layers may have sliding windows."""
+"""Qwen1.5, Qwen2, Qwen2.5 and QwQ: dense, a bias on q, k and v only; some layers may have sliding windows."""
 
 from megapatch.models.family import TINY, Family, HfConfig, Source, UserError
 from megapatch.models.rules import attention, dense_mlp, embeddings
