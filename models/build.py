@@ -24,7 +24,7 @@ from megapatch.models.family import (
     tied_embeddings,
     vocab_size,
 )
-from megapatch.models.layers import spec
+from megapatch.models.layers import prediction, spec
 from megapatch.models.parallel import Parallel
 
 Precision = Literal["fp32", "bf16"]
@@ -51,6 +51,7 @@ class ModelOptions:
 def transformer_config(hf: HfConfig, options: ModelOptions) -> TransformerConfig:
     """megatron-core's configuration of a config.json on a device at a layout (UserError when they do not fit)."""
     fields = find(hf).transformer_config(hf)
+    fields["mtp_num_layers"] = None  # only training asks for them, in overrides
     options.parallel.check_model(fields)
     fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     dtype = DTYPES[options.precision]
@@ -96,6 +97,7 @@ def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         share_embeddings_and_output_weights=tied_embeddings(hf),
         position_embedding_type=kind,
+        mtp_block_spec=prediction.block_spec(config, modules, stage) if config.mtp_num_layers else None,
         vp_stage=stage,
     )
     if kind == "rope" and not config.multi_latent_attention:

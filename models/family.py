@@ -3,7 +3,7 @@
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -97,6 +97,8 @@ class Family:
     modules: Callable[[HfConfig], Mapping[str, str]] = lambda hf: {}  # slot of layers.spec.Modules <- "module:name"
     letters: Callable[[HfConfig], Mapping[str, int]] = lambda hf: {}  # further shape letters of the rules
     prefix: str = ""  # of the names of weights, which files of the bare model lack
+    optional: Mapping[str, Any] = field(default_factory=dict)  # setting -> its value where files lack these layers
+    copies: Callable[[HfConfig], Mapping[str, str]] = lambda hf: {}  # names that files hold again -> what they repeat
     buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # names in files that follow from config.json; wildcards
 
     def transformer_config(self, hf: HfConfig) -> dict[str, Any]:
@@ -149,6 +151,38 @@ def placed_rules(hf: HfConfig) -> list[Placed]:
     family = find(hf)
     config = family.transformer_config(hf)
     return expand(family.model_rules(hf), config["num_layers"], config.get("num_moe_experts") or 0)
+
+
+def plain(hf: HfConfig) -> HfConfig:
+    """config.json without the layers that files may lack (multi-token prediction)."""
+    return {**hf, **find(hf).optional}
+
+
+def as_held(hf: HfConfig, names: Collection[str]) -> HfConfig:
+    """What config.json says, or ``plain`` of it where none of these tensors is of a layer that files may lack."""
+    without = plain(hf)
+    if without == hf:
+        return hf
+    all_names, plain_names = (
+        {name for placed in placed_rules(c) for name in (*placed.hf, placed.key(True), placed.key(False))}
+        for c in (hf, without)
+    )
+    return hf if (all_names - plain_names).intersection(names) else without
+
+
+def copies(hf: HfConfig) -> dict[str, str]:
+    """Names that files may hold although config.json says that they repeat another weight, and which."""
+    family = find(hf)
+    rules = {rule.core: rule.hf[0] for rule in family.rules(hf)}
+    tied = tied_embeddings(hf) and "output_layer.weight" in rules
+    output = {rules["output_layer.weight"]: rules["embedding.word_embeddings.weight"]} if tied else {}
+    return {**family.copies(hf), **output}
+
+
+def lacking(hf: HfConfig, held: HfConfig) -> list[str]:
+    """What to tell of a config.json whose files hold only ``held``."""
+    said = ", ".join(f"{key} {hf[key]}" for key in find(hf).optional if hf.get(key) != held.get(key))
+    return [f"config.json says {said}, but the source has no such layer; neither has the target"] if said else []
 
 
 def stacked_layers(hf: HfConfig) -> bool:

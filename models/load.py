@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from safetensors import safe_open
 
 from megapatch.models import core_files, hf_files
 from megapatch.models.cli import UserError
-from megapatch.models.family import HfConfig, find, full_names, tied_embeddings
+from megapatch.models.family import HfConfig, as_held, copies, full_names
 from megapatch.models.rules import Placed
 from megapatch.models.shapes import Layout
 
@@ -30,15 +30,16 @@ class HfWeights:
     def __init__(self, folder: Path, hf: HfConfig) -> None:
         if "quantization_config" in hf:
             raise UserError(f"{folder}: quantised weights; make a core checkpoint of them with mp-convert first")
+        stored = hf_files.tensors(folder)
+        hf = as_held(hf, stored)
         layout = Layout(hf)
-        self.layout = layout
+        self.layout, self.folder = layout, folder
         self.placed = {_address(placed, layout.stacked): placed for placed in layout.placed}
         self.shapes = {name: shape for p in layout.placed for name, shape in zip(p.hf, layout.parts(p), strict=True)}
-        stored = hf_files.tensors(folder)
         names = full_names(hf, stored, self.shapes)
         found = {name: stored[there] for there, name in names.items()}
         _refuse(folder, "is missing", set(self.shapes) - set(found))
-        _refuse(folder, "has no rule: megapatch would drop it", set(found) - set(self.shapes) - _tied_copies(hf))
+        _refuse(folder, "has no rule: megapatch would drop it", set(found) - set(self.shapes) - copies(hf).keys())
         for name, shape in self.shapes.items():
             if found[name].shape != shape:
                 there = f"shape {list(found[name].shape)} in {found[name].file.name}"
@@ -49,6 +50,7 @@ class HfWeights:
     def full_shape(self, address: Address) -> tuple[int, ...]:
         """Shape of a core tensor as the folder has it (leading axes left out)."""
         if address not in self.placed:
+            refuse_lack(self.folder, address[0])
             raise UserError(
                 f"{address[0]}: the model has this weight, but the rules of its family have not; report this"
             )
@@ -76,11 +78,10 @@ def _address(placed: Placed, stacked: bool) -> Address:
     return placed.key(stacked), tuple(axis for axis in leading if axis is not None)
 
 
-def _tied_copies(hf: HfConfig) -> set[str]:
-    """Weights that a folder may hold although they are the same as another one."""
-    if not tied_embeddings(hf):
-        return set()
-    return {rule.hf[0] for rule in find(hf).rules(hf) if rule.core == "output_layer.weight"}
+def refuse_lack(folder: Path, key: str) -> None:
+    """Refuse a weight that is not there for multi-token prediction (UserError)."""
+    if key.startswith("mtp."):
+        raise UserError(f"{folder}: has no layers for multi-token prediction; leave out --mtp-loss-weight")
 
 
 def _refuse(folder: Path, what: str, names: set[str]) -> None:
@@ -89,9 +90,15 @@ def _refuse(folder: Path, what: str, names: set[str]) -> None:
         raise UserError(f"{folder}: {min(names)} {what}{more}; is this the folder that config.json belongs to?")
 
 
+def sharded_state(model: Any, **content: Any) -> dict[str, Any]:
+    """The model's state as megatron-core shards it, in the form that ``content`` says."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)  # read with multi-token prediction
+    return model.sharded_state_dict(metadata={"dp_cp_group": group, **content})
+
+
 def sharded_tensors(model: Any) -> Iterator[ShardedTensor]:
     """Every tensor of a model as megatron-core shards it; their data are views of the parameters."""
-    state = model.sharded_state_dict()
+    state = sharded_state(model)
     apply_factories(state)
     yield from (value for value in nested_values(state) if isinstance(value, ShardedTensor))
 
@@ -113,7 +120,11 @@ def load_core(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
     """Fill this process's part of a model from a torch_dist checkpoint folder; every rank must call."""
     core_files.load_metadata_safely(folder)
     models = {f"model{i}": unwrapped(chunk) for i, chunk in enumerate(chunks)}
-    state = {name: model.sharded_state_dict() for name, model in models.items()}
+    state = {name: sharded_state(model) for name, model in models.items()}
+    with core_files.Checkpoint(folder) as checkpoint:
+        for key in {tensor.key for model in models.values() for tensor in sharded_tensors(model)}:
+            if key.startswith("mtp.") and key not in checkpoint.tensors:
+                refuse_lack(folder, key)
     loaded = dist_checkpointing.load(state, str(folder))
     for name, model in models.items():
         model.load_state_dict(loaded[name])

@@ -81,11 +81,15 @@ class Placed:
 
 def expand(rules: Sequence[Rule], num_layers: int, num_experts: int) -> list[Placed]:
     """Every rule at every layer and expert that has it, layer by layer as Hugging Face orders them."""
-    placed = [Placed(r, None, None) for r in rules if "{l}" not in r.core]
+
+    def at(layer: int | None, rule: Rule) -> list[Placed]:
+        experts: Sequence[int | None] = range(num_experts) if "{e}" in rule.core else (None,)
+        return [Placed(rule, layer, expert) for expert in experts]
+
+    placed = [found for rule in rules if "{l}" not in rule.core for found in at(None, rule)]
     for layer in range(num_layers):
         for rule in (r for r in rules if "{l}" in r.core and (r.layers is None or layer in r.layers)):
-            experts: Sequence[int | None] = range(num_experts) if "{e}" in rule.core else (None,)
-            placed += [Placed(rule, layer, expert) for expert in experts]
+            placed += at(layer, rule)
     return placed
 
 
@@ -118,6 +122,7 @@ def pack(rule: Rule, parts: Sequence["Tensor"], sizes: Sizes) -> "Tensor":
 
 
 CORE, HF = "decoder.layers.{l}.", "model.layers.{l}."
+PREDICTING = "transformer_layer."  # in core's names: what follows is as in a layer of the decoder
 
 
 def embeddings() -> tuple[Rule, ...]:
@@ -158,6 +163,26 @@ def latent_attention(*, query_latent: bool) -> tuple[Rule, ...]:
         Rule(core + "linear_kv_up_proj.layer_norm_weight", (hf + "kv_a_layernorm.weight",), shapes=("c",)),
         Rule(core + "linear_kv_up_proj.weight", (hf + "kv_b_proj.weight",), shapes=("u c",)),
         Rule(core + "linear_proj.weight", (hf + "o_proj.weight",), shapes=("h o",)),
+    )
+
+
+def predicting_layer(layer: Sequence[Rule], number: int, after: int) -> tuple[Rule, ...]:
+    """Layer ``number`` for multi-token prediction, with these rules of a layer; files count it on from ``after``."""
+    core, hf = f"mtp.layers.{number}.", f"model.layers.{after + number}."
+    return (
+        Rule(core + "enorm.weight", (hf + "enorm.weight",), shapes=("h",)),
+        Rule(core + "hnorm.weight", (hf + "hnorm.weight",), shapes=("h",)),
+        Rule(core + "eh_proj.weight", (hf + "eh_proj.weight",), shapes=("h h+h",)),
+        *(
+            replace(
+                rule,
+                core=rule.core.replace(CORE, core + PREDICTING),
+                hf=tuple(name.replace(HF, hf) for name in rule.hf),
+                layers=None,
+            )
+            for rule in layer
+        ),
+        Rule(core + "final_layernorm.weight", (hf + "shared_head.norm.weight",), shapes=("h",)),
     )
 
 

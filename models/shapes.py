@@ -12,7 +12,7 @@ from typing import Any
 
 from megapatch.models.cli import UserError
 from megapatch.models.family import HfConfig, find, max_positions, placed_rules, refuse_rope, stacked_layers, vocab_size
-from megapatch.models.rules import CORE, Block, Placed, Rule, Sizes
+from megapatch.models.rules import CORE, PREDICTING, Block, Placed, Rule, Sizes
 
 SHAPES: dict[str, tuple[str, ...]] = {  # core name without its layer -> shape of each Hugging Face part
     "embedding.word_embeddings.weight": ("v h",),
@@ -72,7 +72,7 @@ def _latent(core: Mapping[str, Any]) -> dict[str, int]:
 
 def part_shapes(rule: Rule, letters: Sizes) -> list[tuple[int, ...]]:
     """The shape of each Hugging Face part of a rule, as in its files; ``letters`` from ``sizes``."""
-    shapes = rule.shapes or _shapes(rule.core.removeprefix(CORE))
+    shapes = rule.shapes or _shapes(rule.core.removeprefix(CORE).rpartition(PREDICTING)[2])
     return [tuple(_length(axis, letters) for axis in shape.split()) for shape in shapes]
 
 

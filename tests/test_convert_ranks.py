@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from model_folders import contents, make, weights
+from safetensors.torch import save_file
 from trainer_runs import ENVIRONMENT, ROOT, TORCHRUN
 
 from megapatch.models import core_files, hf_files
@@ -25,6 +26,7 @@ class Case(NamedTuple):
 
 
 OTHER_CHUNKS = "PP2 VPP2, chunks of TP2"
+PREDICTING = "latent attention, a layer for multi-token prediction, TP2 PP2 EP2"
 CASES = {
     "tied embeddings, uneven vocabulary, TP2 PP2": Case("llama", "--tp 2 --pp 2", "tp=2", {"vocab_size": 97}),
     "biases, own output layer, TP4": Case("qwen2", "--tp 4", "tp=4,pp=2", {"vocab_size": 97}),
@@ -35,6 +37,9 @@ CASES = {
     "mixtures, EP4": Case("mixtral", "--ep 4", "ep=4", {}),
     "shared experts, TP2 EP2": Case("qwen2_moe", "--tp 2 --ep 2", "tp=2,ep=2", {}),
     "latent attention, TP2 EP2": Case("deepseek_v3", "--tp 2 --ep 2", "tp=2,ep=2", {}, own=False),
+    PREDICTING: Case(
+        "deepseek_v3", "--tp 2 --pp 2 --ep 2 --etp 1", "tp=2,ep=2,etp=1", {"num_nextn_predict_layers": 1}, own=False
+    ),
     "latent attention, TP4": Case("deepseek_v2", "--tp 4", "tp=4", {}, own=False),
     "LayerNorm, biases, learned positions, transposed, TP2 PP2": Case("gpt2", "--tp 2 --pp 2", "tp=2,pp=2", {}),
     "ALiBi, norm of the embedding, TP2 PP2": Case("bloom", "--tp 2 --pp 2", "tp=2", {}, own=False),
@@ -48,6 +53,19 @@ def convert(source: Path, target: Path, *more: str) -> Path:
     return target
 
 
+def add_predicting_layer(folder: Path) -> None:
+    """The tensors of a layer after the last, as published files have them; transformers writes none."""
+    found = weights(folder)
+    last, new = "model.layers.3.", "model.layers.4."
+    found |= {new + name.removeprefix(last): -tensor for name, tensor in found.items() if name.startswith(last)}
+    norm = found["model.norm.weight"]
+    found |= {f"{new}{name}.weight": norm + n for n, name in enumerate(("enorm", "hnorm", "shared_head.norm"))}
+    found[new + "eh_proj.weight"] = torch.randn(norm.numel(), 2 * norm.numel())
+    found[new + "embed_tokens.weight"] = found["model.embed_tokens.weight"].clone()
+    found[new + "shared_head.head.weight"] = found["lm_head.weight"].clone()
+    save_file(found, folder / "model.safetensors", {"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> dict[str, Path]:
     """For each case a folder with hf, core, chunked, legacy, and what megatron-core saved: saved, apart."""
@@ -55,6 +73,8 @@ def made(tmp_path_factory) -> dict[str, Path]:
     for n, (name, case) in enumerate(CASES.items()):
         folder = folders[name] = root / str(n)
         make(folder / "hf", case.family, dtype=torch.float32, **case.changes)
+        if name == PREDICTING:
+            add_predicting_layer(folder / "hf")
         convert(folder / "hf", folder / "core")
         one = ("--make-vocab-size-divisible-by", "1")
         convert(folder / "core", folder / "chunked", "--to", "core", "--chunk", case.chunk, "--spec", "local", *one)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megapatch.models import commit, core_files
 from megapatch.models.cli import FAILED, UserError
 from megapatch.models.family import HfConfig
-from megapatch.models.load import hf_folder
+from megapatch.models.load import hf_folder, sharded_state
 from megapatch.models.parallel import Parallel
 from megapatch.models.tokenizer import copy_tokenizer, find_tokenizer
 from megapatch.trainer import optimizer_state
@@ -175,8 +175,7 @@ def _state(session: Session, *, loading: bool, same_layout: bool = True) -> dict
     """The run's state as megatron-core shards it."""
     names = ["model"] if len(session.models) == 1 else [f"model{i}" for i in range(len(session.models))]
     state: dict[str, Any] = {
-        name: model.sharded_state_dict(metadata=dict(CONTENT))
-        for name, model in zip(names, session.models, strict=True)
+        name: sharded_state(model, **CONTENT) for name, model in zip(names, session.models, strict=True)
     }
     state["optimizer"] = optimizer_state.sharded(session.optimizer, dict(state), loading=loading)
     if same_layout:
@@ -193,6 +192,7 @@ def _state(session: Session, *, loading: bool, same_layout: bool = True) -> dict
             "layout": _layout(session.options),
             "order": _order(session.options),
             "precision": session.options.precision,
+            "predicts": bool(session.options.mtp_loss_weight),
         }
     return state
 
@@ -238,6 +238,12 @@ def _training_state(common: dict[str, Any], folder: Path, options: TrainOptions)
     if ours["precision"] != options.precision:
         raise UserError(
             f"--precision was {ours['precision']}, now {options.precision}: such a run cannot be continued; "
+            f"start from its weights with --model {folder}, and another --save"
+        )
+    if ours.get("predicts", False) != bool(options.mtp_loss_weight):
+        had = "with" if ours.get("predicts") else "without"
+        raise UserError(
+            f"--mtp-loss-weight {options.mtp_loss_weight}: the run began {had} layers for multi-token prediction; "
             f"start from its weights with --model {folder}, and another --save"
         )
     return ours

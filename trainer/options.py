@@ -44,6 +44,11 @@ class TrainOptions(Parallel):
     adam_eps: float = opt("added to the root of the running square", 1e-8)
     clip_grad: float = opt("largest gradient norm; 0 switches clipping off", 1.0)
 
+    mtp_loss_weight: float = opt(
+        "weight of the loss of layers that predict later tokens, which config.json counts in num_nextn_predict_layers; "
+        "0 leaves these layers out, and checkpoints then have none",
+        0.0,
+    )
     recompute: Literal["none", "selective", "full"] = opt(
         "activations to compute again in the backward pass: selective: attention; full: whole layers", "none"
     )
@@ -96,6 +101,10 @@ class TrainOptions(Parallel):
             f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters}: more than the {decay - self.lr_warmup_iters} steps after "
             "--lr-warmup-iters": (self.lr_wsd_decay_iters or 0) > decay - self.lr_warmup_iters,
             f"--lr {self.lr}: must be above 0": not self.lr > 0,
+            f"--mtp-loss-weight {self.mtp_loss_weight}: must be 0 or more": not self.mtp_loss_weight >= 0,
+            f"--mtp-loss-weight needs --recompute-layers 1, found {self.recompute_layers}": (
+                self.mtp_loss_weight > 0 and self.recompute == "full" and self.recompute_layers != 1
+            ),
             f"--min-lr {self.min_lr}: must be between 0 and --lr {self.lr}": not 0 <= self.min_lr <= self.lr,
             f"--seq-length {self.seq_length}: must be divisible by 2 x --cp": (
                 self.cp > 1 and self.seq_length % (2 * self.cp) != 0

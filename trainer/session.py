@@ -15,13 +15,14 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megapatch.models import core_files, parallel
 from megapatch.models.build import DTYPES, ModelOptions, build
+from megapatch.models.cli import UserError
 from megapatch.models.device import Device, seed_everything
-from megapatch.models.family import HfConfig
+from megapatch.models.family import HfConfig, find, plain
 from megapatch.models.load import load_weights
 from megapatch.models.shapes import num_parameters
 from megapatch.trainer import optimizer_state
 from megapatch.trainer.options import TrainOptions
-from megapatch.trainer.ranks import together
+from megapatch.trainer.ranks import together, warn
 
 log = logging.getLogger(__name__)
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}  # ours: megatron-core's
@@ -45,7 +46,7 @@ class Session:
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, a tied embedding counted once."""
-        return num_parameters(self.hf)
+        return num_parameters(self.hf if self.config.mtp_num_layers else plain(self.hf))
 
     @property
     def models(self) -> list[Any]:
@@ -59,7 +60,9 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # megatron-core keeps it from earlier uses in this process
     seed_everything(options.seed, parallel_state.get_pipeline_model_parallel_rank())
     with together():
-        models = build(hf, ModelOptions(options, device, options.precision, options.seq_length, _overrides(options)))
+        models = build(
+            hf, ModelOptions(options, device, options.precision, options.seq_length, _overrides(options, hf))
+        )
     if load and options.model is not None:
         _load(models, options.model, hf)
     config: TransformerConfig = models[0].config
@@ -83,9 +86,18 @@ def _load(models: list[torch.nn.Module], source: Path, hf: HfConfig) -> None:
             load_weights(models, source, hf)
 
 
-def _overrides(options: TrainOptions) -> dict[str, Any]:
+def _overrides(options: TrainOptions, hf: HfConfig) -> dict[str, Any]:
     """TransformerConfig fields that training sets."""
     fields: dict[str, Any] = {"calculate_per_token_loss": True}  # the loss does not depend on how a batch is cut
+    count = find(hf).transformer_config(hf).get("mtp_num_layers")
+    if options.mtp_loss_weight and not count:
+        raise UserError("--mtp-loss-weight: the model of config.json has no layers for multi-token prediction")
+    if options.mtp_loss_weight:
+        fields |= {"mtp_num_layers": count, "mtp_loss_scaling_factor": options.mtp_loss_weight}
+    elif count:
+        warn(
+            log, "layers for multi-token prediction are left out, from checkpoints too (--mtp-loss-weight trains them)"
+        )
     if options.recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform"}
         fields["recompute_num_layers"] = options.recompute_layers

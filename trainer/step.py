@@ -11,10 +11,13 @@ from megatron.core import parallel_state
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
+from megapatch.models.layers.spec import mixture_layers
 from megapatch.trainer.session import Session
 
+BALANCING = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}  # upstream's names
 Batches = Callable[[], Iterator[dict[str, Tensor]]]  # a fresh iterator over this rank's micro-batches
 
 
@@ -38,7 +41,9 @@ def _loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def forward(batches: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
     """megatron-core's forward step: the model's token losses, and the function that reduces them."""
     batch = next(batches)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    output = model(  # the mask is for layers of multi-token prediction
+        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
+    )
     return output, partial(_loss, batch["loss_mask"])
 
 
@@ -69,7 +74,7 @@ def train_step(session: Session, batches: Batches, count: int) -> StepResult:
     session.optimizer.zero_grad()
     loss, tokens = run_batches(session, batches, count, train=True)
     norm = update(session) if math.isfinite(loss) else None
-    return StepResult(loss, norm, tokens, _mixture_losses(session, count))
+    return StepResult(loss, norm, tokens, _mixture_losses(session, count) | _prediction_losses(session, count))
 
 
 def update(session: Session) -> float | None:
@@ -95,17 +100,32 @@ def _mixture_losses(session: Session, count: int) -> dict[str, float]:
     if config.num_moe_experts is None:
         return {}
     totals: dict[str, Tensor] = {}
+    further = config.mtp_num_layers or 0
+    name = BALANCING[config.moe_router_load_balancing_type]
     track_moe_metrics(
         1 / count,
         session.step,
         total_loss_dict=totals,
         force_initialize=True,
-        track_names=["load_balancing_loss"],
-        num_layers=config.num_layers,
-        moe_layer_freq=config.moe_layer_freq,
+        track_names=[name],
+        num_layers=config.num_layers + further,
+        moe_layer_freq=[int(mixture) for mixture in mixture_layers(config)],
+        mtp_num_layers=further,
     )
     clear_aux_losses_tracker()
     return {name: float(value) for name, value in totals.items()}
+
+
+def _prediction_losses(session: Session, count: int) -> dict[str, float]:
+    """Loss of each layer that predicts later tokens, averaged over micro-batches and ranks; empty without them."""
+    layers = session.config.mtp_num_layers or 0
+    if not layers:
+        return {}
+    tracker = MTPLossLoggingHelper.tracker  # filled on ranks of the last stage only
+    sums = tracker.pop("values", torch.zeros(layers, device=session.device.torch))
+    torch.distributed.all_reduce(sums)
+    ranks = torch.distributed.get_world_size() // session.options.pp
+    return {f"mtp_{n}_loss": float(total) / ranks / count for n, total in enumerate(sums, 1)}
 
 
 @torch.no_grad()

@@ -15,6 +15,11 @@ def moe_layers(hf: HfConfig) -> list[int]:
     return [int(n >= dense) for n in range(hf["num_hidden_layers"])]
 
 
+def attention(hf: HfConfig) -> tuple[Rule, ...]:
+    """Latent attention; queries have no latent vector where config.json says null."""
+    return latent_attention(query_latent=hf.get("q_lora_rank", 0) is not None)
+
+
 def mixture() -> tuple[Rule, ...]:
     """Router, experts and shared experts."""
     names = ("gate_proj", "up_proj", "down_proj")
@@ -25,7 +30,7 @@ def layers(hf: HfConfig, mixture: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """Embeddings and all layers, dense or this mixture."""
     return (
         *embeddings(),
-        *latent_attention(query_latent=hf.get("q_lora_rank", 0) is not None),
+        *attention(hf),
         *on_layers(dense_mlp(), [n for n, moe in enumerate(moe_layers(hf)) if not moe]),
         *on_layers(mixture, [n for n, moe in enumerate(moe_layers(hf)) if moe]),
     )

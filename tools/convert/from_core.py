@@ -10,6 +10,7 @@ from megapatch.models import core_files, core_names, hf_files
 from megapatch.models.cli import UserError
 from megapatch.models.core_files import HF_SUBFOLDER, METADATA, Checkpoint, Chunk, Tensor
 from megapatch.models.cuts import Region
+from megapatch.models.family import lacking
 from megapatch.models.rules import Placed
 from megapatch.models.torch_save import ITEM_BYTES
 from megapatch.tools.convert.matrix import Matrix, Rectangle, stack
@@ -24,8 +25,8 @@ class CoreSource:
 
     def __init__(self, checkpoint: Checkpoint, config: Path | None) -> None:
         self.checkpoint = checkpoint
-        self.model = model_of(*described_by(checkpoint.folder, config))
-        self.notes: list[str] = []
+        self.model = model_of(*described_by(checkpoint.folder, config), checkpoint.tensors)
+        self.notes = lacking(self.model.written, self.model.config)
         self._found = {placed: self._find(placed) for placed in self.model.layout.placed}
         self._account()
 

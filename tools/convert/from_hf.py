@@ -1,6 +1,7 @@
 """A Hugging Face folder as a source of core weights."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from megapatch.models.rules import Placed
 from megapatch.models.torch_save import ITEM_BYTES
 from megapatch.tools.convert.matrix import Matrix, Rectangle, stack
 from megapatch.tools.convert.plan import Scale
-from megapatch.tools.convert.source import FP8, Model, check_dtype, model_of, named
+from megapatch.tools.convert.source import FP8, check_dtype, model_of, named
 
 _SCALE = "_scale_inv"  # of a quantised weight, in the same files
 _QUANTISED = "quantization_config"
@@ -26,10 +27,11 @@ class HfSource:
         config = hf_files.config(folder)
         self.notes: list[str] = []
         self.block = _block_sizes(config)
-        model = model_of(folder, {key: value for key, value in config.items() if key != _QUANTISED})
-        self.model = Model(model.config, model.layout, model.files, None if self.block else model.index)
-        wanted = {name for placed in self.model.layout.placed for name in placed.hf}
         stored = hf_files.tensors(folder)
+        model = model_of(folder, {key: value for key, value in config.items() if key != _QUANTISED}, stored)
+        self.model = replace(model, index=None if self.block else model.index)
+        self.notes += family.lacking(model.written, model.config)
+        wanted = {name for placed in self.model.layout.placed for name in placed.hf}
         names = family.full_names(config, stored, wanted)
         self.tensors = {name: stored[there] for there, name in names.items()}
         self.notes += [f"{n}: left out; it is computed from config.json" for n in sorted(stored.keys() - names.keys())]
@@ -79,16 +81,16 @@ class HfSource:
         for name, scale in self.scales.items():
             if found[name].dtype != FP8:
                 raise UserError(f"{scale.name}: scales of {name}, which is {found[name].dtype}; expected {FP8}")
-        twins = tied(self.model.config)
+        twins = family.copies(self.model.config)
         for name in sorted(found.keys() - wanted):
             twin = twins.get(name)
             if twin and same_bytes(found[name], found[twin]):
                 self.notes.append(f"{name}: left out; it is equal to {twin}, and config.json ties them")
             elif twin:
-                raise UserError(
-                    f"{name}: differs from {twin}, but config.json ties them; "
-                    "set tie_word_embeddings to false to keep it"
+                untie = (
+                    "; set tie_word_embeddings to false to keep it" if family.tied_embeddings(self.model.config) else ""
                 )
+                raise UserError(f"{name}: differs from {twin}, but config.json ties them{untie}")
         if unknown := found.keys() - wanted - twins.keys():
             raise UserError(
                 f"{named(unknown)}: has no place in a {layout.model_type} model; is this the right config.json?"
@@ -108,14 +110,6 @@ def _block_sizes(config: Mapping[str, Any]) -> tuple[int, int] | None:
             "supported: fp8 (e4m3) in blocks, as DeepSeek-V3 has it; get the model in bf16"
         )
     return block[0], block[1]
-
-
-def tied(hf: family.HfConfig) -> dict[str, str]:
-    """Hugging Face weights that config.json ties, and what to: {} or {output layer: embedding}."""
-    rules = {rule.core: rule.hf[0] for rule in family.find(hf).rules(hf)}
-    if not family.tied_embeddings(hf) or "output_layer.weight" not in rules:
-        return {}
-    return {rules["output_layer.weight"]: rules["embedding.word_embeddings.weight"]}
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

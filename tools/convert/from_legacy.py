@@ -12,7 +12,7 @@ from megapatch.models import core_names, legacy_files
 from megapatch.models.cli import UserError
 from megapatch.models.core_names import RankName
 from megapatch.models.cuts import VOCABULARY, Region, cut_of, regions
-from megapatch.models.family import find
+from megapatch.models.family import find, lacking
 from megapatch.models.legacy_files import Rank, RankFile
 from megapatch.models.rules import Placed
 from megapatch.models.stages import Place, Stages
@@ -32,14 +32,15 @@ class LegacySource:
 
     def __init__(self, folder: Path, config: Path | None) -> None:
         self.folder = folder
-        self.model = model_of(*described_by(folder, config))
         self.files = _by_rank(folder)
+        names = {name for file in self.files.values() for chunk in file.chunks for name in chunk}
+        self.model = model_of(*described_by(folder, config), names)
         self.tp, self.pp, self.ep = (max(rank[axis] for rank in self.files) + 1 for axis in range(3))
         fields = find(self.model.config).transformer_config(self.model.config)
         self._gated, self._experts = fields["gated_linear_unit"], (fields.get("num_moe_experts") or 0) // self.ep
         self._stages = self._stages_of()
         self._found = {placed: list(self._shards(placed)) for placed in self.model.layout.placed}
-        self.notes: list[str] = []
+        self.notes = lacking(self.model.written, self.model.config)
         self._account()
 
     def weight(self, placed: Placed) -> Matrix:

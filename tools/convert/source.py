@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megapatch.models import core_files, hf_files, legacy_files
+from megapatch.models import core_files, family, hf_files, legacy_files
 from megapatch.models.cli import UserError
 from megapatch.models.rules import Placed
 from megapatch.models.shapes import Layout
@@ -20,9 +20,10 @@ AS_TRAINED = ("mlp.router.expert_bias",)  # core and transformers hold it in fp3
 
 @dataclass(frozen=True)
 class Model:
-    """A model besides its weights: config.json as it is to be written, what follows from it, and side files."""
+    """A model besides its weights: config.json as the weights are, and as it is to be written; side files."""
 
-    config: dict[str, Any]
+    config: family.HfConfig
+    written: dict[str, Any]
     layout: Layout
     files: Mapping[str, Path]  # tokenizer and the like, config.json too
     index: Path | None = None  # index.json of the files that the model came in
@@ -38,17 +39,17 @@ class Source(Protocol):
         """A core weight as it lies in files."""
 
 
-def model_of(folder: Path, config: dict[str, Any]) -> Model:
-    """The model whose config.json and tokenizer lie in a Hugging Face folder."""
-    index = folder / hf_files.INDEX
-    return Model(config, Layout(config), hf_files.side_files(folder), index if index.is_file() else None)
+def model_of(folder: Path, config: dict[str, Any], names: Collection[str]) -> Model:
+    """The model whose config.json and tokenizer lie in a Hugging Face folder; ``names`` of the weights that it has."""
+    index, held = folder / hf_files.INDEX, family.as_held(config, names)
+    return Model(held, config, Layout(held), hf_files.side_files(folder), index if index.is_file() else None)
 
 
 def add_side_files(model: Model, made: Plan, folder: str = "") -> None:
     """Plan config.json, tokenizer and the like into ``folder`` of the target."""
     for name, path in model.files.items():
-        if name == hf_files.CONFIG and hf_files.config(path.parent) != model.config:
-            text = json.dumps(model.config, indent=2, ensure_ascii=False) + "\n"
+        if name == hf_files.CONFIG and hf_files.config(path.parent) != model.written:
+            text = json.dumps(model.written, indent=2, ensure_ascii=False) + "\n"
             made.entries.append(Literal(folder + name, 0, text.encode()))
         else:
             made.add_file(path, folder + name)

@@ -1,12 +1,14 @@
 """Plan: a Hugging Face folder."""
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
 from megapatch.models import hf_files
 from megapatch.models.cuts import Region
+from megapatch.models.family import find
 from megapatch.models.rules import Placed
 from megapatch.models.torch_save import ITEM_BYTES
 from megapatch.tools.convert.matrix import Matrix
@@ -34,6 +36,7 @@ def plan(source: Source, dtype: str, max_shard_bytes: int | None) -> Plan:
     """The copy list that makes the folder; ``max_shard_bytes``: None as the model came, else by size."""
     made = Plan(notes=list(source.notes))
     weights = {w.name: w for placed in source.model.layout.placed for w in _weights(source, placed, dtype)}
+    weights |= _repeated(source.model, weights)
     files = _files(source.model, weights, max_shard_bytes)
     for file, names in files.items():
         described = hf_files.saved_order([weights[name][:3] for name in names])
@@ -44,9 +47,25 @@ def plan(source: Source, dtype: str, max_shard_bytes: int | None) -> Plan:
     if list(files) != [hf_files.SINGLE]:
         sizes = {name: weight.size for name, weight in weights.items()}
         index = hf_files.index_json(files, sizes, sum(prod(weight.shape) for weight in weights.values()))
-        made.entries.append(Literal(hf_files.INDEX, 0, index))
+        made.entries.append(Literal(hf_files.INDEX, 0, _as_it_came(source.model, index)))
     add_side_files(source.model, made)
     return made.finish()
+
+
+def _as_it_came(model: Model, index: bytes) -> bytes:
+    """The model's own index.json where it says the same: tools differ in its form, and in what a parameter is."""
+    original = model.index.read_bytes() if model.index else b"{}"
+    said, made = json.loads(original), json.loads(index)
+    same = said.get("weight_map") == made["weight_map"]
+    return original if same and said.get("metadata", {}).get("total_size") == made["metadata"]["total_size"] else index
+
+
+def _repeated(model: Model, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The copies of weights that files of this model hold: those in index.json, or all where there is none."""
+    original = hf_files.index(model.index.parent) if model.index else None
+    twins = find(model.config).copies(model.config)
+    names = (copy for copy in twins if original is None or copy in original)
+    return {copy: weights[twins[copy]]._replace(name=copy) for copy in names}
 
 
 def _weights(source: Source, placed: Placed, dtype: str) -> list[Weight]:

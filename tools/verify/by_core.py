@@ -46,7 +46,7 @@ def engine(folder: Path, hf: HfConfig, ids: Tensor, device: Device, precision: A
     with empty_parameters():
         (chunk,) = build(hf, ModelOptions(Parallel(), device, precision, overrides={"perform_initialization": False}))
     model = load.unwrapped(chunk)
-    entries = {name: entry for name, entry in model.sharded_state_dict().items() if _is_weight(entry)}
+    entries = {name: entry for name, entry in load.sharded_state(model).items() if _is_weight(entry)}
     source = CoreFolder(folder, hf)
     _fill_buffers({name: entry for name, entry in entries.items() if not entry.data.is_meta}, source)
     meaning = _meaning(entries, Layout(hf))
