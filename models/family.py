@@ -3,9 +3,8 @@
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
@@ -76,6 +75,23 @@ def written_rope(hf: HfConfig) -> dict[str, Any]:
     return dict(hf.get("rope_parameters") or old)
 
 
+MOE_MLA_TINY: dict[str, Any] = TINY | {  # latent attention, experts of four groups beside two shared ones
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture. ``reads`` and ``fixed`` add to READS and FIXED above."""
@@ -134,55 +150,11 @@ def max_positions(hf: HfConfig) -> int | None:
     return source(hf) if callable(source) else next((hf[key] for key in source.split("|") if hf.get(key)), None)
 
 
-def full_names(hf: HfConfig, names: Iterable[str], wanted: Container[str]) -> dict[str, str]:
-    """Name in a folder's files -> in the whole model: the prefix added where the bare model's files lack it.
-
-    Buffers, which follow from config.json, are left out.
-    """
-    found = find(hf)
-    kept = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in found.buffers)]
-    if any(name.startswith(found.prefix) for name in kept):
-        return {name: name for name in kept}
-    return {name: name if name in wanted else found.prefix + name for name in kept}
-
-
 def placed_rules(hf: HfConfig) -> list[Placed]:
     """Every weight of the model that a config.json describes: the exact set, no more and no less."""
     family = find(hf)
     config = family.transformer_config(hf)
     return expand(family.model_rules(hf), config["num_layers"], config.get("num_moe_experts") or 0)
-
-
-def plain(hf: HfConfig) -> HfConfig:
-    """config.json without the layers that files may lack (multi-token prediction)."""
-    return {**hf, **find(hf).optional}
-
-
-def as_held(hf: HfConfig, names: Collection[str]) -> HfConfig:
-    """What config.json says, or ``plain`` of it where none of these tensors is of a layer that files may lack."""
-    without = plain(hf)
-    if without == hf:
-        return hf
-    all_names, plain_names = (
-        {name for placed in placed_rules(c) for name in (*placed.hf, placed.key(True), placed.key(False))}
-        for c in (hf, without)
-    )
-    return hf if (all_names - plain_names).intersection(names) else without
-
-
-def copies(hf: HfConfig) -> dict[str, str]:
-    """Names that files may hold although config.json says that they repeat another weight, and which."""
-    family = find(hf)
-    rules = {rule.core: rule.hf[0] for rule in family.rules(hf)}
-    tied = tied_embeddings(hf) and "output_layer.weight" in rules
-    output = {rules["output_layer.weight"]: rules["embedding.word_embeddings.weight"]} if tied else {}
-    return {**family.copies(hf), **output}
-
-
-def lacking(hf: HfConfig, held: HfConfig) -> list[str]:
-    """What to tell of a config.json whose files hold only ``held``."""
-    said = ", ".join(f"{key} {hf[key]}" for key in find(hf).optional if hf.get(key) != held.get(key))
-    return [f"config.json says {said}, but the source has no such layer; neither has the target"] if said else []
 
 
 def stacked_layers(hf: HfConfig) -> bool:

@@ -17,7 +17,8 @@ from safetensors import safe_open
 
 from megapatch.models import core_files, hf_files
 from megapatch.models.cli import UserError
-from megapatch.models.family import HfConfig, as_held, copies, full_names
+from megapatch.models.family import HfConfig
+from megapatch.models.held import as_held, copies, full_names
 from megapatch.models.rules import Placed
 from megapatch.models.shapes import Layout
 

@@ -19,7 +19,7 @@ SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scrip
 CUDA_HERE = ("models/device.py", "models/patches/", "tools/offload_bench/measure.py")
 UPSTREAM_NAMES = re.compile("get_cuda_rng_tracker|CudaGraphScope")  # the tracker serves every device; a pickled class
 HEAVY = {"torch", "transformers", "megatron", "safetensors", "tokenizers", "tensorboard", "wandb", "pyarrow"}
-LONGEST_FILE, LONGEST_FUNCTION = 300, 60
+LONGEST_FILE, LONGEST_FAMILY, LONGEST_FUNCTION = 300, 80, 60
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -72,6 +72,11 @@ def test_files_and_functions_are_short(name):
     assert len((ROOT / name).read_text().splitlines()) <= LONGEST_FILE
     functions = [n for n in ast.walk(TREES[name]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > LONGEST_FUNCTION] == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("models/families/")])
+def test_a_family_is_a_page_at_most(name):
+    assert len((ROOT / name).read_text().splitlines()) <= LONGEST_FAMILY
 
 
 @pytest.mark.parametrize("name", NAMES)

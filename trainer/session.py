@@ -17,7 +17,8 @@ from megapatch.models import core_files, parallel
 from megapatch.models.build import DTYPES, ModelOptions, build
 from megapatch.models.cli import UserError
 from megapatch.models.device import Device, seed_everything
-from megapatch.models.family import HfConfig, find, plain
+from megapatch.models.family import HfConfig, find
+from megapatch.models.held import plain
 from megapatch.models.load import load_weights
 from megapatch.models.shapes import num_parameters
 from megapatch.trainer import optimizer_state

@@ -5,7 +5,7 @@ V2 routes each token to experts of a few groups only (``group_limited_greedy``),
 
 from typing import Any
 
-from megapatch.models.family import MLA_FIXED, MLA_READS, TINY, Family, HfConfig
+from megapatch.models.family import MLA_FIXED, MLA_READS, MOE_MLA_TINY, Family, HfConfig
 from megapatch.models.rules import Rule, dense_mlp, embeddings, gated_mlp, latent_attention, moe_mlp, on_layers
 
 
@@ -51,21 +51,6 @@ READS: dict[str, Any] = MLA_READS | {
     "moe_router_load_balancing_type": lambda hf: "seq_aux_loss" if hf.get("seq_aux", True) else "aux_loss",
     "moe_layer_freq": lambda hf: moe_layers(hf) if 0 in moe_layers(hf) else 1,  # 1: stacked checkpoint keys
 }
-SMALL = TINY | {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 6,
-    "n_routed_experts": 8,
-    "n_group": 4,
-    "topk_group": 2,
-    "n_shared_experts": 2,
-    "moe_intermediate_size": 24,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 1.5,
-}
 ONLY = {"attention_bias": False, "hidden_act": "silu", "mlp_bias": False, "moe_layer_freq": 1}
 FAMILY = Family(
     model_type="deepseek_v2",
@@ -86,5 +71,5 @@ FAMILY = Family(
         {"layer_spec": "mla:layer_spec"} | ({"router": "group_router:BestOfGroupRouter"} if limited(hf) else {})
     ),
     rules=lambda hf: layers(hf, mixture()),
-    tiny=SMALL | {"topk_method": "group_limited_greedy", "norm_topk_prob": False, "num_experts_per_tok": 4},
+    tiny=MOE_MLA_TINY | {"topk_method": "group_limited_greedy", "norm_topk_prob": False, "num_experts_per_tok": 4},
 )

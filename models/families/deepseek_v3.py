@@ -9,8 +9,8 @@ and repeat both; files written by transformers lack these layers though config.j
 
 from collections.abc import Mapping
 
-from megapatch.models.families.deepseek_v2 import ONLY, READS, SMALL, attention, layers, mixture
-from megapatch.models.family import MLA_FIXED, Family, HfConfig
+from megapatch.models.families.deepseek_v2 import ONLY, READS, attention, layers, mixture
+from megapatch.models.family import MLA_FIXED, MOE_MLA_TINY, Family, HfConfig
 from megapatch.models.rules import CORE, HF, Rule, predicting_layer
 
 BIAS = Rule(CORE + "mlp.router.expert_bias", (HF + "mlp.gate.e_score_correction_bias",), shapes=("e",))
@@ -58,5 +58,5 @@ FAMILY = Family(
     optional={PREDICTING: 0},
     copies=repeated,
     rules=lambda hf: (*layers(hf, MIXTURE), *predicting(hf)),
-    tiny=SMALL | {"num_experts_per_tok": 3, PREDICTING: 0},
+    tiny=MOE_MLA_TINY | {"num_experts_per_tok": 3, PREDICTING: 0},
 )

@@ -10,7 +10,7 @@ from megapatch.models import core_files, core_names, hf_files
 from megapatch.models.cli import UserError
 from megapatch.models.core_files import HF_SUBFOLDER, METADATA, Checkpoint, Chunk, Tensor
 from megapatch.models.cuts import Region
-from megapatch.models.family import lacking
+from megapatch.models.held import lacking
 from megapatch.models.rules import Placed
 from megapatch.models.torch_save import ITEM_BYTES
 from megapatch.tools.convert.matrix import Matrix, Rectangle, stack

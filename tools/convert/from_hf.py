@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megapatch.models import family, hf_files
+from megapatch.models import family, held, hf_files
 from megapatch.models.cli import UserError
 from megapatch.models.cuts import Region
 from megapatch.models.hf_files import Tensor
@@ -30,9 +30,9 @@ class HfSource:
         stored = hf_files.tensors(folder)
         model = model_of(folder, {key: value for key, value in config.items() if key != _QUANTISED}, stored)
         self.model = replace(model, index=None if self.block else model.index)
-        self.notes += family.lacking(model.written, model.config)
+        self.notes += held.lacking(model.written, model.config)
         wanted = {name for placed in self.model.layout.placed for name in placed.hf}
-        names = family.full_names(config, stored, wanted)
+        names = held.full_names(config, stored, wanted)
         self.tensors = {name: stored[there] for there, name in names.items()}
         self.notes += [f"{n}: left out; it is computed from config.json" for n in sorted(stored.keys() - names.keys())]
         self.scales = {name: self.tensors.pop(name + _SCALE) for name in wanted if name + _SCALE in self.tensors}
@@ -81,7 +81,7 @@ class HfSource:
         for name, scale in self.scales.items():
             if found[name].dtype != FP8:
                 raise UserError(f"{scale.name}: scales of {name}, which is {found[name].dtype}; expected {FP8}")
-        twins = family.copies(self.model.config)
+        twins = held.copies(self.model.config)
         for name in sorted(found.keys() - wanted):
             twin = twins.get(name)
             if twin and same_bytes(found[name], found[twin]):

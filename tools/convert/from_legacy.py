@@ -12,7 +12,8 @@ from megapatch.models import core_names, legacy_files
 from megapatch.models.cli import UserError
 from megapatch.models.core_names import RankName
 from megapatch.models.cuts import VOCABULARY, Region, cut_of, regions
-from megapatch.models.family import find, lacking
+from megapatch.models.family import find
+from megapatch.models.held import lacking
 from megapatch.models.legacy_files import Rank, RankFile
 from megapatch.models.rules import Placed
 from megapatch.models.stages import Place, Stages

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megapatch.models import core_files, family, hf_files, legacy_files
+from megapatch.models import core_files, family, held, hf_files, legacy_files
 from megapatch.models.cli import UserError
 from megapatch.models.rules import Placed
 from megapatch.models.shapes import Layout
@@ -41,8 +41,8 @@ class Source(Protocol):
 
 def model_of(folder: Path, config: dict[str, Any], names: Collection[str]) -> Model:
     """The model whose config.json and tokenizer lie in a Hugging Face folder; ``names`` of the weights that it has."""
-    index, held = folder / hf_files.INDEX, family.as_held(config, names)
-    return Model(held, config, Layout(held), hf_files.side_files(folder), index if index.is_file() else None)
+    index, found = folder / hf_files.INDEX, held.as_held(config, names)
+    return Model(found, config, Layout(found), hf_files.side_files(folder), index if index.is_file() else None)
 
 
 def add_side_files(model: Model, made: Plan, folder: str = "") -> None:
