@@ -11,7 +11,7 @@ if [ "${1:-}" = --all ]; then
     marks=""
     shift
 fi
-if ! python -c 'import pytest, pytest_timeout, hypothesis' 2>/dev/null; then
+if ! python -c 'import pytest, pytest_timeout, hypothesis, xdist' 2>/dev/null; then
     echo "test.sh: the active environment lacks the test tools: pip install -c constraints/cpu.txt -e '.[data,dev]'" >&2
     exit 1
 fi
@@ -20,4 +20,5 @@ free="$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" # in KiB
 if [ -z "${TMPDIR:-}" ] && [ "${free:-0}" -gt 8000000 ]; then
     export TMPDIR=/dev/shm # many tests make files durable: a busy disk would decide how long they take
 fi
-exec python -m pytest -q -m "$marks" -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 "$@"
+cores="$(nproc)"
+exec python -m pytest -q -m "$marks" -n "$((cores < 4 ? cores : 4))" --dist loadfile -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 "$@"
