@@ -20,5 +20,5 @@ free="$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" # in KiB
 if [ -z "${TMPDIR:-}" ] && [ "${free:-0}" -gt 8000000 ]; then
     export TMPDIR=/dev/shm # many tests make files durable: a busy disk would decide how long they take
 fi
-cores="$(nproc)"
+cores="$(env -u OMP_NUM_THREADS nproc)" # which follows that variable
 exec python -m pytest -q -m "$marks" -n "$((cores < 4 ? cores : 4))" --dist loadfile -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 "$@"
