@@ -47,7 +47,7 @@ use_env() { # the active environment if this checkout is installed in it, else .
     local found
     found="$(cd / && python -c 'import megapatch.models as m; print(*m.__path__)' 2>/dev/null)" || found=""
     [ ! "$found" -ef "$MEGAPATCH_ROOT/models" ] || return 0
-    make_env "$MEGAPATCH_ROOT/.venv" -e "${MEGAPATCH_ROOT}[data,dev]"
+    make_env "$MEGAPATCH_ROOT/.venv" -e "${MEGAPATCH_ROOT}[data,fast,dev]"
     export VIRTUAL_ENV="$MEGAPATCH_ROOT/.venv" PATH="$MEGAPATCH_ROOT/.venv/bin:$PATH"
 }
 

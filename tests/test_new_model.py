@@ -1,7 +1,9 @@
 """mp-new-model: a folder that transformers loads and mp-convert takes; the same bytes for the same options."""
 
 import json
+import logging
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from model_folders import contents, weights
 from tiny_models import letter_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from megapatch.models import commit, hf_files, shapes
 from megapatch.models.family import known
@@ -130,7 +133,11 @@ def test_weights_have_the_dtype_asked_for(dtype, kind, tmp_path):
         ([*LLAMA, "--tokenizer", "absent"], "absent"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_and_nothing_is_left(arguments, said, tmp_path, capsys):
+def test_a_mistake_is_told_in_one_line_and_nothing_is_left(arguments, said, tmp_path, capsys, monkeypatch):
+    transformers_logging.get_logger()  # whose handler keeps the stderr of the first import
+    for handler in logging.getLogger("transformers").handlers:
+        if type(handler) is logging.StreamHandler:  # not those of pytest
+            monkeypatch.setattr(handler, "stream", sys.stderr)
     assert main([*arguments, "--target", str(tmp_path / "m")]) == 1
     told = capsys.readouterr()
     assert said in told.err and told.err.count("\n") == 1 and told.out == ""

@@ -131,9 +131,12 @@ def _config(options: Options, settings: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _refused() -> Iterator[None]:
-    """Show what transformers says about settings that do not go together as the user's mistake."""
+    """Show what transformers says about settings that do not go together as the user's mistake, and that alone."""
     from huggingface_hub.errors import StrictDataclassError
+    from transformers.utils import logging as of_transformers
 
+    before = of_transformers.get_verbosity()
+    of_transformers.set_verbosity_error()  # it warns of ids outside the vocabulary, which are refused here
     try:
         yield
     except (
@@ -146,6 +149,8 @@ def _refused() -> Iterator[None]:
     ) as error:
         text = " ".join(str(error).split())
         raise UserError(f"config.json: transformers refuses these settings: {text}") from error
+    finally:
+        of_transformers.set_verbosity(before)
 
 
 def _save(config: Any, options: Options, folder: Path) -> None:

@@ -4,6 +4,7 @@ A worker says how many bytes it made; the parent answers, in input order, at whi
 writes them there itself. A worker that dies ends the run at once.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -133,6 +134,7 @@ class _Worker:
 
 
 def _serve(connection: Connection, inherited: list[Connection], work: Work[Any], descriptor: int) -> None:
+    gc.freeze()  # what the parent made is never collected here: destructors may wait for threads that were not forked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
