@@ -10,6 +10,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megapatch.models.cli import UserError
+from megapatch.models.data_formats import format_of, pairs_of, parallel
 from megapatch.models.indexed_data import (
     IndexedDocuments,
     bin_path,
@@ -158,3 +159,74 @@ def test_documents_are_read_only(tmp_path: Path) -> None:
     write_ours(tmp_path / "data", documents([2], np.dtype(np.int32)), np.dtype(np.int32))
     with pytest.raises(ValueError, match="read-only"):
         IndexedDocuments(tmp_path / "data")[0][0] = 1
+
+
+def peak_growth_bytes(work: Callable[[], object]) -> int:
+    """How far the resident memory of this process rises above where it is while ``work`` runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+
+    def status(name: str) -> int:
+        return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def test_an_index_of_ten_million_documents_is_written_and_read_in_bounded_memory(tmp_path: Path) -> None:
+    count = 10_000_000
+    lengths = np.memmap(tmp_path / "lengths", np.int32, "w+", shape=(count,))
+    lengths[:] = 3
+    lengths.flush()
+    mapped = np.memmap(tmp_path / "lengths", np.int32, "r")
+    del lengths
+    with bin_path(tmp_path / "data").open("wb") as file:
+        file.truncate(count * 3 * 2)
+    assert peak_growth_bytes(lambda: write_index(idx_path(tmp_path / "data"), mapped, np.dtype(np.uint16))) < 30 << 20
+    assert peak_growth_bytes(lambda: read_index(tmp_path / "data")) < 30 << 20
+    assert idx_path(tmp_path / "data").stat().st_size == 34 + 12 * count + 8 * (count + 1)
+    assert read_index(tmp_path / "data").starts(count - 1, count).tolist() == [3 * count - 3, 3 * count]
+
+
+def test_an_interrupted_run_is_named_where_its_data_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "data.partial").mkdir()
+    with pytest.raises(UserError, match=r"data\.idx: no such file, but .*data\.partial is there.* --resume"):
+        read_index(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "manifest, expected",
+    [
+        (None, "corpus"),
+        ({"format": "corpus"}, "corpus"),
+        ({"format": "chat"}, "chat"),
+        ({"format": "preference"}, "preference"),
+        ({"format": "prompts"}, "prompts"),
+    ],
+)
+def test_a_manifest_says_what_data_are_for(manifest: dict[str, str] | None, expected: str) -> None:
+    assert format_of("data", manifest) == expected
+
+
+@pytest.mark.parametrize("manifest", [{}, {"format": None}, {"format": "parquet"}])
+def test_a_format_that_is_not_known_is_refused(manifest: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"data\.manifest\.json: format .*; expected one of corpus, chat, "):
+        format_of("data", manifest)
+
+
+def test_pairs_of_one_prefix(tmp_path: Path) -> None:
+    assert pairs_of(tmp_path / "data", "chat") == ["", "_mask"]
+    (tmp_path / "data_weight.idx").touch()
+    assert pairs_of(tmp_path / "data", "chat") == ["", "_mask", "_weight"]
+    assert pairs_of(tmp_path / "data", "corpus") == [""]
+
+
+def test_a_mask_has_a_value_for_each_token(tmp_path: Path) -> None:
+    int32, uint8 = np.dtype(np.int32), np.dtype(np.uint8)
+    write_ours(tmp_path / "data", documents([2, 3], int32), int32)
+    write_ours(tmp_path / "data_mask", documents([2, 3], uint8), uint8)
+    write_ours(tmp_path / "data_weight", documents([3, 2], uint8), uint8)
+    data = IndexedDocuments(tmp_path / "data")
+    assert [mask.tolist() for mask in parallel(data, tmp_path / "data", "_mask")] == [[0, 1], [1, 2, 3]]
+    with pytest.raises(UserError, match=r"data_weight\.idx: its documents are not as long as those of .*data\.idx"):
+        parallel(data, tmp_path / "data", "_weight")
