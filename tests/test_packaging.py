@@ -73,7 +73,7 @@ def test_the_wheel_carries_commands_extras_and_licence(wheel):
 
 
 def test_the_extras_are_those_that_the_documentation_names():
-    assert set(EXTRAS) == {"gpu", "data", "tb", "tokenizers", "wandb", "eval", "dev"}
+    assert set(EXTRAS) == {"gpu", "data", "fast", "tb", "tokenizers", "wandb", "eval", "dev"}
 
 
 def pins(name: str) -> dict[str, str]:
