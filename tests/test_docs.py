@@ -1,16 +1,14 @@
 """docs/add-a-family.md is true: its family is made in a checkout of its own, and all that it says happens."""
 
 import dataclasses
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_readme import matches
+from pages import matches, printed
 
 from megapatch.models import families, family, rules
 from megapatch.tools.convert.convert import main as convert
@@ -21,7 +19,6 @@ PAGE = (ROOT / "docs" / "add-a-family.md").read_text()
 BLOCKS = re.findall(r"^```(\w+) ?(.*)\n((?:.*\n)*?)```$", PAGE, re.M)
 FAMILY = next(text for _, title, text in BLOCKS if title == "models/families/phi3.py")
 SHOWN = [(text, BLOCKS[n + 1][2]) for n, (kind, _, text) in enumerate(BLOCKS) if kind == "bash"]
-MARK = "=== end of block"
 
 
 def installed(checkout: Path) -> None:
@@ -54,21 +51,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outputs(checkout: Path) -> list[str]:
     """What the page's commands print, stdout and stderr together, in one shell."""
-    script = "set -euo pipefail\n" + "".join(f"{text}\necho '{MARK}'\n" for text, _ in SHOWN)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment |= {"PYTHONPATH": str(checkout / "build" / "ns")}
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=checkout,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout.split(f"{MARK}\n")
+    environment = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(checkout / "build" / "ns")}
+    return printed([text for text, _ in SHOWN], checkout, environment, 500)
 
 
 @pytest.mark.parametrize("number", range(len(SHOWN)), ids=[text.split("\n")[-2][:40] for text, _ in SHOWN])

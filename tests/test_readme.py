@@ -1,15 +1,13 @@
 """README.md is true: its commands run, in order, and print what it shows; flags and layouts in its tables exist."""
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import test_layouts
+from pages import matches, printed, shown
 
 from megapatch.models import cli
 from megapatch.tools.convert.list_families import BEGIN, END, describe
@@ -18,89 +16,49 @@ from megapatch.trainer.options import PretrainOptions
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 NOT_RUN = {  # all that is shown and not run here, by how the block starts
     "pip install -c constraints/cu130.txt": "needs a GPU; the options of its last line are parsed below",
     "#SBATCH": "an excerpt of scripts/slurm/pretrain.sbatch, which test_slurm.py runs; compared with it below",
     "ARGS=train.args SAVE=run sbatch": "needs Slurm; test_slurm.py submits it where Slurm is installed",
 }
-FIGURE = re.compile(r"\d+(?:[,.:]\d+)*(?:e[+-]?\d+)?")
 
 
-def blocks() -> list[tuple[str, str | None]]:
-    """Each bash block with the text block that follows it at once, None where there is none."""
-    found = [(m[1], m[2], m.start(), m.end()) for m in BLOCK.finditer(README)]
-    pairs = []
-    for i, (kind, text, _, end) in enumerate(found):
-        follows = i + 1 < len(found) and found[i + 1][0] == "text" and not README[end : found[i + 1][2]].strip()
-        if kind == "bash":
-            pairs.append((text, found[i + 1][1] if follows else None))
-    return pairs
-
-
-RUN = [(text, shown) for text, shown in blocks() if not text.startswith(tuple(NOT_RUN))]
-
-
-def plain(text: str) -> str:
-    """Figures as #, and blanks and rulers, whose widths follow from figures, as one."""
-    return re.sub(r"-{3,}", "-", re.sub(r"[ \t]+", " ", FIGURE.sub("#", text)))
-
-
-def matches(shown: str, printed: str) -> bool:
-    """Whether the words are the same; '...' stands for anything, on a line of its own for any lines."""
-    lines = [
-        r"(?:.*\n)*?" if line == "..." else ".*".join(map(re.escape, plain(line).split("..."))) + r"\n"
-        for line in shown.splitlines()
-    ]
-    return re.fullmatch("".join(lines), plain(printed)) is not None
+RUN = [(text, output) for text, output in shown(README) if not text.startswith(tuple(NOT_RUN))]
 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What the blocks that can run print, stdout and stderr together, in one shell and one empty folder."""
     folder = tmp_path_factory.mktemp("readme")
-    mark = "=== end of block"
-    script = "set -euo pipefail\n" + "".join(f"{text}\necho '{mark}'\n" for text, _ in RUN)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    found = printed([text for text, _ in RUN], folder)
     assert {"report.html", "exported", "run", "core", "data.idx"} <= {p.name for p in folder.iterdir()}
-    return done.stdout.split(f"{mark}\n")
+    return found
 
 
 @pytest.mark.parametrize("number", range(len(RUN)), ids=[text.split("\n")[-2][:40] for text, _ in RUN])
 def test_a_command_prints_what_is_shown(outputs: list[str], number: int) -> None:
-    shown = RUN[number][1]
-    assert shown is not None, "show the output of each command that runs"
-    assert matches(shown, outputs[number]), f"shown:\n{shown}\nprinted:\n{outputs[number]}"
+    expected = RUN[number][1]
+    assert expected is not None, "show the output of each command that runs"
+    assert matches(expected, outputs[number]), f"shown:\n{expected}\nprinted:\n{outputs[number]}"
 
 
 def test_the_comparison_sees_other_words() -> None:
-    shown = 'a: 1,024 tokens -> tok\n...\n{"ok": true, "text": "...", "n": 3}\n'
-    assert matches(shown, 'a: 9 tokens -> tok\nx\ny\n{"ok": true, "text": "z 7", "n": 1.5e-06}\n')
+    page = 'a: 1,024 tokens -> tok\n...\n{"ok": true, "text": "...", "n": 3}\n'
+    assert matches(page, 'a: 9 tokens -> tok\nx\ny\n{"ok": true, "text": "z 7", "n": 1.5e-06}\n')
     for wrong in (
         'a: 9 token -> tok\n{"ok": true, "text": "", "n": 1}\n',
         'a: 9 tokens -> tok\n{"ok": false, "text": "", "n": 1}\n',
         'a: 9 tokens -> tok\n{"ok": true, "text": "", "n": 1}\nmore\n',
         'warning\na: 9 tokens -> tok\n{"ok": true, "text": "", "n": 1}\n',
     ):
-        assert not matches(shown, wrong), wrong
+        assert not matches(page, wrong), wrong
 
 
 def test_every_command_is_shown_running_and_all_that_does_not_run_is_known() -> None:
     text = "\n".join(text for text, _ in RUN)
     assert {name for name in COMMANDS if not re.search(rf"\b{name} -", text) and f"{name} @" not in text} == set()
     for start in NOT_RUN:
-        assert any(block.startswith(start) for block, _ in blocks()), f"not in README.md any more: {start}"
+        assert any(block.startswith(start) for block, _ in shown(README)), f"not in README.md any more: {start}"
 
 
 def test_the_quickstart_is_shown_as_it_prints() -> None:
@@ -165,7 +123,7 @@ def test_the_command_for_gpus_is_parsed() -> None:
 
 def test_the_excerpt_is_of_the_script() -> None:
     script = (ROOT / "scripts" / "slurm" / "pretrain.sbatch").read_text().splitlines()
-    (excerpt,) = [text for text, _ in blocks() if text.startswith("#SBATCH")]
+    (excerpt,) = [text for text, _ in shown(README) if text.startswith("#SBATCH")]
     at = -1
     for line in excerpt.splitlines():
         assert line in script[at + 1 :], line
