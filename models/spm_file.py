@@ -40,9 +40,10 @@ class Model:
         """Whether texts begin with a blank that a normalizer cannot add: it would add one after each token, too."""
         return bool(self.normalizer.get(_DUMMY_PREFIX, 1)) and not self.normalizer.get(_SQUEEZE, 1)
 
-    def led(self, text: str) -> str:
-        """A text as ``backend`` takes it; what begins with a control piece is taken as it is."""
-        return BLANK + text if text and self.leads and not text.startswith(self.control) else text
+    def led(self, text: str, *, literal: bool = False) -> str:
+        """A text as ``backend`` takes it; what begins with a control piece is as it is, unless that is mere text."""
+        as_it_is = not self.leads or (text.startswith(self.control) and not literal)
+        return text if as_it_is or not text else BLANK + text
 
     def special(self) -> dict[str, str]:
         """eos_token and the like -> piece; those that the model has."""

@@ -1,5 +1,6 @@
 """A tokenizer from a Hugging Face folder: text to ids, ids to text; transformers only where there is no other way."""
 
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from megapatch.models.cli import UserError
 from megapatch.models.commit import digest
-from megapatch.models.tokenizer_engine import FAST, Folder, load, token_text
+from megapatch.models.tokenizer_engine import FAST, Fast, Folder, load, token_text
 
 VOCABULARIES = (
     FAST,
@@ -116,6 +117,26 @@ class Tokenizer:
     def prefix_ids(self) -> tuple[int, ...]:
         """The special ids that the model expects before a text: bos of Llama 2, [gMASK] sop of ChatGLM, often none."""
         return tuple(self._engine.prefix())
+
+    @cached_property
+    def suffix_ids(self) -> tuple[int, ...]:
+        """The special ids that the model expects after a text, mostly none."""
+        return tuple(self._engine.suffix())
+
+    @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """Id -> text of the special tokens."""
+        return self._engine.special_tokens()
+
+    @property
+    def engine_version(self) -> str:
+        """The version of the library that makes ids."""
+        return importlib.metadata.version("tokenizers" if self.fast else "transformers")
+
+    @property
+    def fast(self) -> Fast | None:
+        """The engine where it is of the `tokenizers` library, None for Python code."""
+        return self._engine if isinstance(self._engine, Fast) else None
 
     @cached_property
     def chat_templates(self) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What may stand behind a Tokenizer: `tokenizers`, or transformers for what exists as Python code only."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -40,6 +40,12 @@ class Engine(Protocol):
     def prefix(self) -> list[int]:
         """The special ids that the model expects before a text."""
 
+    def suffix(self) -> list[int]:
+        """The special ids that the model expects after a text."""
+
+    def special_tokens(self) -> dict[int, str]:
+        """The text of each token that is special, by id."""
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -61,8 +67,10 @@ class Folder:
 class Fast:
     """The `tokenizers` library on a tokenizer.json, on a SentencePiece model, or on what transformers made."""
 
-    def __init__(self, folder: Folder, backend: Any, special: Mapping[str, str | None], prefix: list[int]) -> None:
-        self.backend, self._special, self._prefix = backend, special, prefix
+    def __init__(
+        self, folder: Folder, backend: Any, special: Mapping[str, str | None], around: tuple[list[int], list[int]]
+    ) -> None:
+        self.backend, self._special, (self._prefix, self._suffix) = backend, special, around
         add_tokens(folder, backend)
         backend.no_truncation()  # a tokenizer.json may hold a maximum length: it would cut documents in silence
         backend.no_padding()
@@ -70,7 +78,16 @@ class Fast:
             raise UserError(f"{folder.path / FAST}: model.dropout {backend.model.dropout} makes ids random; set null")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return [one.ids for one in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        prepared = [self.prepared(text) for text in texts]
+        return [one.ids for one in self.backend.encode_batch_fast(prepared, add_special_tokens=False)]
+
+    def prepared(self, text: str) -> str:
+        """A text as the backend takes it."""
+        return text
+
+    def take_literally(self) -> None:
+        """From now on, special tokens that a text spells out are text like any other."""
+        self.backend.encode_special_tokens = True
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return cast(str, self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -91,6 +108,13 @@ class Fast:
     def prefix(self) -> list[int]:
         return self._prefix
 
+    def suffix(self) -> list[int]:
+        return self._suffix
+
+    def special_tokens(self) -> dict[int, str]:
+        added = self.backend.get_added_tokens_decoder().items()
+        return {number: token.content for number, token in added if token.special}
+
 
 class Spm(Fast):
     """A SentencePiece model, whose texts begin with a blank."""
@@ -98,13 +122,12 @@ class Spm(Fast):
     def __init__(self, folder: Folder, model: spm_file.Model) -> None:
         said = {name: token_text(folder.config.get(name)) for name in SPECIAL}
         special = model.special() | {name: text for name, text in said.items() if text}
-        super().__init__(folder, spm_file.backend(model), special, [])
-        bos, self._led = self.special("bos_token"), model.led
-        if folder.config.get("add_bos_token") and bos is not None:
-            self._prefix = [bos]
+        super().__init__(folder, spm_file.backend(model), special, ([], []))
+        self._model = model
+        self._prefix, self._suffix = said_around(folder, self.special)
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return super().encode([self._led(text) for text in texts])
+    def prepared(self, text: str) -> str:
+        return self._model.led(text, literal=self.backend.encode_special_tokens)
 
 
 class Slow:
@@ -143,8 +166,19 @@ class Slow:
         return cast(int | None, getattr(self.python_tokenizer, f"{name}_id", None))
 
     def prefix(self) -> list[int]:
+        return self._around()[0]
+
+    def suffix(self) -> list[int]:
+        return self._around()[1]
+
+    def _around(self) -> tuple[list[int], list[int]]:
         ids = self.encode([_PROBE])[0]
-        return before(self.python_tokenizer.build_inputs_with_special_tokens(ids), ids)
+        return around(self.python_tokenizer.build_inputs_with_special_tokens(ids), ids)
+
+    def special_tokens(self) -> dict[int, str]:
+        made = self.python_tokenizer
+        added = {number: str(token) for number, token in made.added_tokens_decoder.items() if token.special}
+        return added | dict(zip(made.all_special_ids, made.all_special_tokens, strict=True))
 
 
 def load(folder: Folder, trust_remote_code: bool) -> Engine:
@@ -189,10 +223,10 @@ def _of_json(folder: Folder) -> Engine:
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: not a tokenizer that this version of `tokenizers` reads ({error})") from error
     if "add_bos_token" in folder.config:  # transformers lets it decide, whatever tokenizer.json says
-        bos = backend.token_to_id(token_text(folder.config.get("bos_token")) or "")
-        return Fast(folder, backend, {}, [bos] if folder.config["add_bos_token"] and bos is not None else [])
+        said = said_around(folder, lambda name: backend.token_to_id(token_text(folder.config.get(name)) or ""))
+        return Fast(folder, backend, {}, said)
     with_special, without = (backend.encode(_PROBE, add_special_tokens=add).ids for add in (True, False))
-    return Fast(folder, backend, {}, before(with_special, without))
+    return Fast(folder, backend, {}, around(with_special, without))
 
 
 def _of_transformers(folder: Folder, trust_remote_code: bool) -> Engine:
@@ -212,8 +246,7 @@ def _of_transformers(folder: Folder, trust_remote_code: bool) -> Engine:
     if backend is None:
         return Slow(made)
     special = {name: getattr(made, name, None) for name in SPECIAL}
-    prefix = before(made.encode(_PROBE), made.encode(_PROBE, add_special_tokens=False))
-    return Fast(folder, backend, special, prefix)
+    return Fast(folder, backend, special, around(made.encode(_PROBE), made.encode(_PROBE, add_special_tokens=False)))
 
 
 def _refuse_missing(model: Path, spm: bool) -> None:
@@ -235,10 +268,19 @@ def _is_there(package: str) -> bool:
         return False
 
 
-def before(whole: list[int], part: list[int]) -> list[int]:
-    """What comes before ``part`` in ``whole``."""
-    at = next((n for n in range(len(whole)) if whole[n : n + len(part)] == part), 0)
-    return whole[:at]
+def around(whole: list[int], part: list[int]) -> tuple[list[int], list[int]]:
+    """What comes before and after ``part`` in ``whole``; nothing where it is not there."""
+    at = next((n for n in range(len(whole)) if whole[n : n + len(part)] == part), None)
+    return ([], []) if at is None else (whole[:at], whole[at + len(part) :])
+
+
+def said_around(folder: Folder, special: Callable[[str], int | None]) -> tuple[list[int], list[int]]:
+    """The ids before and after a text by add_bos_token and add_eos_token of tokenizer_config.json."""
+    ids = {
+        name: special(f"{name}_token") if folder.config.get(f"add_{name}_token") else None for name in ("bos", "eos")
+    }
+    bos, eos = ids["bos"], ids["eos"]
+    return [] if bos is None else [bos], [] if eos is None else [eos]
 
 
 def add_tokens(folder: Folder, backend: Any) -> None:
