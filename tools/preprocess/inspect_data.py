@@ -1,0 +1,228 @@
+"""mp-inspect-data: what is in .bin/.idx pairs, whether it is whole, how two differ, what a document says."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from megapatch.models.cli import FAILED, OK, Common, UserError, opt, run
+
+if TYPE_CHECKING:
+    from megapatch.models.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
+EXAMPLES = """examples:
+  mp-inspect-data data/train                                  # counts, lengths as bars, ends of documents, manifest
+  mp-inspect-data data/train --verify && echo good            # every byte against the manifest, every id
+  mp-inspect-data data/train --document 0 -1                  # the first and the last document, decoded
+  mp-inspect-data data/chats --mask --document 3              # trained tokens green, or in «» without colours
+  mp-inspect-data old/train --diff new/train                  # the first difference; exit status 1 when there is one
+  mp-inspect-data wiki code --blend --temperature 2 >blend.args   # then: mp-pretrain @blend.args ...
+
+Special tokens are shown in reverse video, or in ⟦⟧ where stdout is no terminal or NO_COLOR is set.
+--json prints one JSON value for all prefixes: a list of reports; with --document or --mask a list of {prefix, document,
+tokens, spans}; with --diff and --blend an object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Tell what is in pairs PREFIX.bin and PREFIX.idx. Files are read once, from start to end, and never loaded whole.
+
+    Exit status 1 when a pair is damaged, has ids outside its vocabulary, or differs from what it is compared with.
+    """
+
+    prefix: list[str] = opt("paths of pairs, without .bin and .idx", flags=["prefix"], nargs="+", metavar="PREFIX")
+    tokenizer: Optional[Path] = opt(
+        "folder of the tokenizer, for decoding and for its vocabulary and end of documents, if not the manifest's",
+        None,
+        metavar="DIR",
+    )
+    verify: bool = opt("compare the content of the files with the digests in the manifest, too", False)
+    document: list[int] = opt(
+        "show these documents as text, counted from 0; -1 is the last", [], nargs="+", metavar="N", type=int
+    )
+    mask: bool = opt("show which tokens are trained, from PREFIX_mask (in document 0 without --document)", False)
+    diff: Optional[str] = opt("compare with this pair", None, metavar="OTHER")
+    blend: bool = opt("print --data-path for mp-pretrain with weights by tokens, in the form of an @file", False)
+    temperature: Optional[float] = opt(
+        "for --blend: weights are tokens to the power 1/T; above 1, small pairs count for more", None, metavar="T"
+    )
+    json: bool = opt("print JSON", False)
+    trust_remote_code: bool = opt("run the tokenizer's own Python code, for folders without tokenizer.json", False)
+
+    def __post_init__(self) -> None:
+        ways = {"--verify": self.verify, "--document or --mask": bool(self.document) or self.mask}
+        ways |= {"--diff": self.diff is not None, "--blend": self.blend}
+        if len(given := [name for name, there in ways.items() if there]) > 1:
+            raise ValueError(f"{' and '.join(given)}: give one of them")
+        if self.diff is not None and len(self.prefix) != 1:
+            raise ValueError(f"--diff compares one prefix with another; {len(self.prefix)} were given")
+        if self.temperature is not None and not self.blend:
+            raise ValueError("--temperature needs --blend")
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise ValueError(f"--temperature {self.temperature}: expected a number above 0")
+
+
+def inspect(options: Options) -> int:
+    """Print what is asked for; 1 when something is wrong or differs."""
+    if options.blend:
+        return _blend(options)
+    if options.diff is not None:
+        return _diff(options, options.prefix[0], options.diff)
+    if options.document or options.mask:
+        return _documents(options)
+    return _reports(options)
+
+
+def _print(lines: Iterable[str]) -> None:
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
+def _reports(options: Options) -> int:
+    from megapatch.models.indexed_data import read_manifest
+    from megapatch.tools.preprocess.data_report import lines
+
+    said, status = [], OK
+    for prefix in options.prefix:
+        manifest = read_manifest(prefix)
+        for one in _told(prefix, manifest, options):
+            if not options.json:
+                _print([*([""] if said else []), *lines(one, manifest)])
+            said.append(one | {"manifest": manifest})
+            status = FAILED if one["problems"] else status
+    if options.json:
+        print(json.dumps(said, ensure_ascii=False))
+    return status
+
+
+def _told(prefix: str, manifest: dict[str, Any] | None, options: Options) -> list[dict[str, Any]]:
+    """A report for each pair of texts under the prefix; a mask is told with its texts."""
+    from megapatch.models.data_formats import format_of, pairs_of
+    from megapatch.models.indexed_data import read_index
+    from megapatch.tools.preprocess.data_report import digest_problems, reference, report
+    from megapatch.tools.preprocess.data_scan import scan
+    from megapatch.tools.preprocess.progress import Progress
+
+    form = format_of(prefix, manifest)
+    ends = pairs_of(prefix, form)
+    tokenizer = _tokenizer(options, options.tokenizer) if options.tokenizer else None
+    known, reports = reference(manifest, tokenizer), {}
+    indexes = {end: read_index(f"{prefix}{end}") for end in ends}
+    with Progress(sum(index.num_tokens * index.dtype.itemsize for index in indexes.values())) as progress:
+        for end, index in indexes.items():
+            name, side = f"{prefix}{end}", end.endswith(("_mask", "_weight", "_answer"))
+            found = scan(name, index, 0 if side else known.eod_id, progress.add)
+            if not side:
+                reports[end] = report(name, form, index, found, known)
+            text = reports[end if not side else end.rpartition("_")[0]]
+            if end.endswith("_mask"):
+                text["trained"] = index.num_tokens - found.eods
+            if options.verify:
+                wrong = digest_problems(name, pair_said(manifest, end), found)
+                text["problems"] += wrong or []
+                text["notes"] += [f"{name}: no digests in a manifest to compare with"] if wrong is None else []
+    if tokenizer and manifest and (digest := (manifest.get("tokenizer") or {}).get("digest")) != tokenizer.digest:
+        wrong = f"{tokenizer.folder}: digest {tokenizer.digest}, expected {digest} of the manifest; another tokenizer"
+        next(iter(reports.values()))["problems"].append(wrong)
+    return list(reports.values())
+
+
+def pair_said(manifest: dict[str, Any] | None, end: str) -> dict[str, Any]:
+    """What the manifest says of the pair PREFIX + ``end``."""
+    found = manifest or {}
+    return found if end == "" else (found.get("pairs") or {}).get(end) or {}
+
+
+def _tokenizer(options: Options, folder: Path) -> "Tokenizer":
+    from megapatch.models.tokenizer import Tokenizer
+
+    return Tokenizer(folder, trust_remote_code=options.trust_remote_code)
+
+
+def _tokenizer_of(prefix: str, options: Options) -> "Tokenizer":
+    """The given tokenizer, or that of the manifest."""
+    from megapatch.models.indexed_data import manifest_path, read_manifest
+
+    said = ((read_manifest(prefix) or {}).get("tokenizer") or {}) if options.tokenizer is None else {}
+    folder = options.tokenizer or said.get("folder")
+    if folder is None:
+        raise UserError(f"{manifest_path(prefix)}: names no tokenizer; say which with --tokenizer")
+    if options.tokenizer is None and not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder, but {manifest_path(prefix)} names it; give --tokenizer")
+    found = _tokenizer(options, Path(folder))
+    if said.get("digest", found.digest) != found.digest:
+        raise UserError(f"{folder}: is no longer the tokenizer that made {prefix}; say which is with --tokenizer")
+    return found
+
+
+def _documents(options: Options) -> int:
+    from megapatch.models.data_formats import parallel
+    from megapatch.models.indexed_data import IndexedDocuments
+    from megapatch.tools.preprocess import colours
+    from megapatch.tools.preprocess.show_document import Decoder, as_json, rendered
+
+    said = []
+    for prefix in options.prefix:
+        decoder = Decoder(_tokenizer_of(prefix, options))
+        data = IndexedDocuments(prefix)
+        mask = parallel(data, prefix, "_mask") if options.mask else None
+        for number in options.document or [0]:
+            if not -len(data) <= number < len(data):
+                raise UserError(f"--document {number}: {prefix} has {len(data):,} documents, counted from 0")
+            ids, place = data[number], number % len(data)
+            spans = decoder.spans(ids, None if mask is None else mask[number])
+            if not options.json:
+                _print([f"{prefix} document {place}: {len(ids):,} tokens", rendered(spans, colours.wanted()), ""])
+            said.append({"prefix": prefix, "document": place, "tokens": len(ids), "spans": as_json(spans)})
+    if options.json:
+        print(json.dumps(said, ensure_ascii=False))
+    return OK
+
+
+def _diff(options: Options, prefix: str, other: str) -> int:
+    from megapatch.models.data_formats import format_of, pairs_of
+    from megapatch.models.indexed_data import IndexedDocuments, read_manifest
+    from megapatch.tools.preprocess.data_diff import compare, lines, told
+    from megapatch.tools.preprocess.show_document import Decoder
+
+    manifest = read_manifest(prefix)
+    named = options.tokenizer or (manifest or {}).get("tokenizer")
+    said = []
+    for end in pairs_of(prefix, format_of(prefix, manifest)):
+        names = (f"{prefix}{end}", f"{other}{end}")
+        pair = IndexedDocuments(names[0]), IndexedDocuments(names[1])
+        found = compare(*pair)
+        side = end.endswith(("_mask", "_weight", "_answer"))
+        decoder = Decoder(_tokenizer_of(prefix, options)) if found.first and named and not side else None
+        said.append(told(names, pair, found, decoder))
+        if not options.json:
+            _print(lines(said[-1]))
+    if options.json:
+        print(json.dumps(said[0] if len(said) == 1 else said, ensure_ascii=False))
+    return OK if all(one["same"] for one in said) else FAILED
+
+
+def _blend(options: Options) -> int:
+    import shlex
+
+    from megapatch.tools.preprocess.data_blend import weights
+
+    found = weights(options.prefix, options.temperature or 1.0)
+    if options.json:
+        print(json.dumps({"data_path": [word for prefix, weight in found.items() for word in (weight, prefix)]}))
+    else:
+        words = [word for prefix, weight in found.items() for word in (f"{weight:.6g}", shlex.quote(prefix))]
+        print("--data-path", *words)
+    return OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run mp-inspect-data; the exit status."""
+    return run(Options, inspect, prog="mp-inspect-data", epilog=EXAMPLES, argv=argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
