@@ -121,7 +121,7 @@ def test_output_does_not_depend_on_workers_or_chunks(
 
 def test_manifest_names_tokenizer_options_and_inputs(tok: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"], key="body")
-    assert run(tok, tmp_path / "out", source, more=("--json-key", "body")) == 0
+    assert run(tok, tmp_path / "out", source, more=("--text-key", "body")) == 0
     about = json.loads((tmp_path / "out.manifest.json").read_text())
     tokenizer = Tokenizer(tok)
     assert about["tokenizer"] == {
@@ -130,7 +130,7 @@ def test_manifest_names_tokenizer_options_and_inputs(tok: Path, tmp_path: Path) 
         "vocab_size": tokenizer.vocab_size,
         "eod_id": None,
     }
-    assert about["options"] == {"append_eod": False, "format": "auto", "json_key": "body", "on_bad_input": "fail"}
+    assert about["options"] == {"append_eod": False, "format": "auto", "text_key": ["body"], "on_bad_line": "fail"}
     assert about["inputs"] == [{"path": str(source), "bytes": source.stat().st_size}]
     assert (about["dtype"], about["bin_bytes"]) == ("uint16", (tmp_path / "out.bin").stat().st_size)
     assert read_manifest(tmp_path / "out") == about
@@ -142,7 +142,7 @@ def test_a_log_gets_lines_and_a_terminal_a_bar_with_messages_above_it(
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     source.write_bytes(source.read_bytes() + b"{}\n")
-    more = ("--chunk-bytes", "50", "--on-bad-input", "skip", "--force")
+    more = ("--chunk-bytes", "50", "--on-bad-line", "skip", "--force")
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
     assert run(tok, tmp_path / "out", source, more=more) == 0
     log = capfd.readouterr().err

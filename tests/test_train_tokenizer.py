@@ -57,7 +57,7 @@ def test_folder_is_complete_and_verifies(source: Path, tmp_path: Path) -> None:
     ]
     assert verify(tmp_path / "tok")
     about = json.loads((tmp_path / "tok" / "manifest.json").read_text())
-    assert about["counts"] == {"records": 1, "documents": 1, "empty": 0, "bad": 0}
+    assert about["counts"] == {"lines": 1, "documents": 1, "empty": 0, "bad": 0}
     assert about["inputs"] == {"files": 1, "bytes": source.stat().st_size}
 
 
@@ -106,7 +106,7 @@ def test_json_lines_teach_the_same_as_their_text(tmp_path: Path) -> None:
     for i, line in enumerate(lines):
         (folder / f"{i:04}.txt").write_text(line)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in lines))
-    assert train(tmp_path / "a.jsonl", tmp_path / "one", "--json-key", "body") == 0
+    assert train(tmp_path / "a.jsonl", tmp_path / "one", "--text-key", "body") == 0
     assert train(folder, tmp_path / "two", "--glob", "*.txt") == 0
     assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tmp_path / "two" / "tokenizer.json").read_bytes()
 

@@ -1,178 +1,115 @@
-"""The files, folders and streams named by --input, cut into pieces of bounded size in a fixed order."""
+"""All inputs as numbered chunks of pieces, the same ones each time, and the part of them that one shard takes."""
 
-import os
-import stat
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Literal
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import replace
 
-from megapatch.models.cli import Common, UserError, opt
+from megapatch.models.cli import UserError
+from megapatch.tools.preprocess import columnar
+from megapatch.tools.preprocess.cutting import EVERYTHING, Span, file_pieces, stream_pieces
+from megapatch.tools.preprocess.digests import InputDigests
+from megapatch.tools.preprocess.pieces import Chunk, LineNumbers, Piece
+from megapatch.tools.preprocess.sources import (
+    InputOptions,
+    Source,
+    SourceOptions,
+    find_sources,
+    refuse_streams,
+    total_bytes,
+)
 
-STDIN = "-"
-_JSONL = (".jsonl", ".json", ".ndjson")
-_UNPACK = {".gz": "zcat", ".zst": "zstdcat", ".xz": "xzcat", ".bz2": "bzcat"}
+__all__ = [
+    "Chunk",
+    "InputDigests",
+    "InputOptions",
+    "LineNumbers",
+    "Piece",
+    "Source",
+    "SourceOptions",
+    "chunks",
+    "find_sources",
+    "total_bytes",
+]
 _MAX_PIECES = 1000  # per chunk, so that a million empty files do not make one task
+Made = tuple[Piece, Callable[[], bytes] | None]  # a piece, and what makes its data if that costs something
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputOptions(Common):
-    """What to read."""
+def chunks(
+    sources: list[Source],
+    chunk_bytes: int,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    skip: int = 0,
+    hashes: InputDigests | None = None,
+) -> Iterator[Chunk]:
+    """All records in order, in chunks of about ``chunk_bytes``; the same for the same arguments, whoever reads them.
 
-    input: list[str] = opt(
-        "files to read, in this order; a folder needs --glob; - reads standard input", nargs="+", metavar="FILE"
-    )
-    glob: str = opt("files to take from the folders in --input, also in their subfolders, such as '*.py'", "")
-    format: Literal["auto", "jsonl", "text"] = opt(
-        "jsonl: a JSON object a line, a document each; text: a file is one document; "
-        "auto: jsonl for names ending in .jsonl .json .ndjson and for standard input, else text",
-        "auto",
-    )
-    json_key: str = opt("key of the text in each JSON object", "text", metavar="KEY")
-    on_bad_input: Literal["fail", "skip"] = opt(
-        "fail: stop at the first line or file that is not JSON, not UTF-8 or lacks the key, and write nothing; "
-        "skip: leave it out, count it and say where it is",
-        "fail",
-    )
-
-
-@dataclass(frozen=True)
-class Source:
-    """One input; ``size`` in bytes, None for a stream that cannot be read twice."""
-
-    path: str
-    jsonl: bool
-    size: int | None
-
-    @property
-    def label(self) -> str:
-        """Its name in messages."""
-        return "stdin" if self.path == STDIN else self.path
+    ``shard`` = (i, n): the i-th of n parts. ``skip``: so many chunks are passed over; of what lies in files only the
+    ends of lines are looked for then, unless ``hashes``, which takes all bytes and compares what was passed over.
+    """
+    number = 0
+    with closing(_groups(_made(sources, chunk_bytes, shard, hashes), chunk_bytes)) as groups:
+        for group in groups:
+            if number >= skip:
+                pieces = tuple(piece if load is None else replace(piece, data=load()) for piece, load in group)
+                yield Chunk(number, pieces, hashes.mark() if hashes else "")
+            number += 1
+            if number == skip and hashes:
+                hashes.check()
+    if number < skip:
+        raise UserError(
+            f"--resume: the inputs hold {number:,} chunks, the interrupted run had read {skip:,}; start anew"
+        )
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Bytes [start, start + size) of an input: whole lines, or a whole text file; ``data`` only for streams."""
-
-    path: str
-    jsonl: bool
-    start: int
-    size: int
-    data: bytes | None = None
-
-    def read(self) -> bytes:
-        """The bytes of the piece."""
-        if self.data is not None:
-            return self.data
-        with open(self.path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), self.size, self.start)
-            while len(data) < self.size and (
-                more := os.pread(file.fileno(), self.size - len(data), self.start + len(data))
-            ):
-                data += more  # Linux reads at most 2 GiB a call
-        if len(data) != self.size:
-            raise UserError(
-                f"{self.path}: ends at byte {self.start + len(data):,}, was {self.start + self.size:,} or longer; "
-                "it changed while it was read: run again when it is complete"
-            )
-        return data
-
-
-Chunk = tuple[Piece, ...]
-
-
-def find_sources(options: InputOptions) -> list[Source]:
-    """Every input in order (files of a folder sorted by path); what cannot be read is a UserError."""
-    if options.glob and not any(Path(name).is_dir() for name in options.input):
-        raise UserError(f"--glob {options.glob}: no folder among --input {' '.join(options.input)}; leave --glob out")
-    found = []
-    for name in options.input:
-        for path in _expand(name, options.glob):
-            jsonl = options.format == "jsonl" if options.format != "auto" else path == STDIN or path.endswith(_JSONL)
-            found.append(Source(path, jsonl, _size(path)))
-    return found
-
-
-def _expand(name: str, glob: str) -> list[str]:
-    path = Path(name)
-    if name == STDIN:
-        return [STDIN]
-    if path.is_dir():
-        if not glob:
-            raise UserError(f"{name}: is a folder; say which of its files with --glob, such as --glob '*.txt'")
-        names = sorted(str(one) for one in path.rglob(glob) if one.is_file())
-        if not names:
-            raise UserError(f"{name}: holds no file that matches --glob {glob}")
-        return names
-    if not path.exists():
-        raise UserError(f"{name}: no such file; expected a file, a folder with --glob, or - for standard input")
-    if tool := _UNPACK.get(path.suffix):
-        raise UserError(f"{name}: is compressed; unpack it on the way: {tool} {name} | ... --input -")
-    return [name]
-
-
-def _size(path: str) -> int | None:
-    if path == STDIN:
-        return None
-    status = os.stat(path)
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def total_bytes(sources: list[Source]) -> int | None:
-    """Bytes of all inputs together, None when one is a stream."""
-    sizes = [source.size for source in sources]
-    return None if None in sizes else sum(size for size in sizes if size is not None)
-
-
-def chunks(sources: list[Source], chunk_bytes: int) -> Iterator[Chunk]:
-    """All pieces in order, in groups of about ``chunk_bytes``."""
-    group: list[Piece] = []
+def _groups(made: Generator[Made, None, None], chunk_bytes: int) -> Generator[list[Made], None, None]:
+    group: list[Made] = []
     size = 0
-    for source in sources:
-        for piece in _pieces(source, chunk_bytes):
-            group.append(piece)
+    with closing(made):
+        for piece, load in made:
+            group.append((piece, load))
             size += piece.size
             if size >= chunk_bytes or len(group) >= _MAX_PIECES:
-                yield tuple(group)
+                yield group
                 group, size = [], 0
     if group:
-        yield tuple(group)
+        yield group
 
 
-def _pieces(source: Source, chunk_bytes: int) -> Iterator[Piece]:
-    if source.size is None:
-        yield from _stream_pieces(source, chunk_bytes)
-    elif not source.jsonl:
-        yield Piece(source.path, False, 0, source.size)
-    else:
-        start = 0
-        with open(source.path, "rb") as file:
-            while start < source.size:
-                end = _line_end(file, start + chunk_bytes, source.size)
-                yield Piece(source.path, True, start, end - start)
-                start = end
+def _made(
+    sources: list[Source], chunk_bytes: int, shard: tuple[int, int], digests: InputDigests | None
+) -> Generator[Made, None, None]:
+    for source, span in _shares(sources, shard):
+        if source.kind == "parquet":
+            yield from columnar.parquet_pieces(source, chunk_bytes, span, digests)
+        elif source.kind in ("text", "lines", "jsonl") and source.size is not None and not source.packing:
+            if source.kind != "text" or _holds_start(span):
+                yield from ((piece, None) for piece in file_pieces(source, chunk_bytes, span, digests))
+        elif _holds_start(span):
+            if source.kind == "arrow":
+                yield from columnar.arrow_pieces(source, chunk_bytes, digests)
+            else:
+                yield from ((piece, None) for piece in stream_pieces(source, chunk_bytes, digests))
 
 
-def _line_end(file: BinaryIO, position: int, size: int) -> int:
-    """The first end of a line after ``position``, or ``size``."""
-    if position >= size:
-        return size
-    file.seek(position)
-    return min(size, position + len(file.readline()))
-
-
-def _stream_pieces(source: Source, chunk_bytes: int) -> Iterator[Piece]:
-    file = sys.stdin.buffer if source.path == STDIN else open(source.path, "rb")
-    if not source.jsonl:
-        data = file.read()
-        yield Piece(source.label, False, 0, len(data), data)
+def _shares(sources: list[Source], shard: tuple[int, int]) -> Iterator[tuple[Source, Span]]:
+    """The inputs of which a shard has something, and which positions of each: what begins there is the shard's."""
+    index, num_shards = shard
+    if num_shards == 1:
+        yield from ((source, (0, EVERYTHING)) for source in sources)
         return
-    start, rest = 0, b""
-    while block := file.read(chunk_bytes):
-        rest += block
-        if cut := rest.rfind(b"\n") + 1:
-            yield Piece(source.label, True, start, cut, rest[:cut])
-            start, rest = start + cut, rest[cut:]
-    if rest:
-        yield Piece(source.label, True, start, len(rest), rest)
+    refuse_streams(sources)
+    total = total_bytes(sources) or 0
+    first = total * index // num_shards
+    past = EVERYTHING if index == num_shards - 1 else total * (index + 1) // num_shards
+    position = 0
+    for source in sources:
+        size = source.size or 0
+        if first < position + max(size, 1) and position < past:
+            yield source, (first - position, past - position)
+        position += size
+
+
+def _holds_start(span: Span) -> bool:
+    """Is the whole input this shard's, where it cannot be divided?"""
+    return span[0] <= 0 < span[1]

@@ -25,9 +25,9 @@ class Counts:
 
 @dataclass
 class Ledger:
-    """Takes the tallies of all pieces in input order; ``on_bad_input`` is 'fail' or 'skip'."""
+    """Takes the tallies of all pieces in input order; ``on_bad_line`` is 'fail' or 'skip'."""
 
-    on_bad_input: str
+    on_bad_line: str
     counts: Counts = field(default_factory=Counts)
     _lines: int = 0  # of the current input, before the current piece
 
@@ -37,8 +37,8 @@ class Ledger:
             self._lines = 0
         for bad in tally.bad:
             where = self._place(tally, bad)
-            if self.on_bad_input == "fail":
-                raise UserError(f"{where}; mend it, or leave it out with --on-bad-input skip")
+            if self.on_bad_line == "fail":
+                raise UserError(f"{where}; mend it, or leave it out with --on-bad-line skip")
             if self.counts.bad < _MAX_WARNINGS:
                 _LOG.warning("%s; skipped", where)
             self.counts.bad += 1

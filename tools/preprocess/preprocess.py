@@ -18,13 +18,13 @@ from megapatch.models.tokenizer import Tokenizer
 from megapatch.tools.preprocess.inputs import Chunk, InputOptions, Source, chunks, find_sources, total_bytes
 from megapatch.tools.preprocess.ledger import Counts, Ledger
 from megapatch.tools.preprocess.progress import Progress
-from megapatch.tools.preprocess.records import Tally, read_documents
+from megapatch.tools.preprocess.records import Tally, read_records, text_of
 from megapatch.tools.preprocess.workers import ended_by_sigterm, in_order, quiet_engine
 
 _LOG = logging.getLogger("megapatch.tools.preprocess")
 EXAMPLES = """examples:
   mp-preprocess --input wiki.jsonl books.jsonl --tokenizer Qwen3-0.6B --output-prefix data/train --append-eod
-  mp-preprocess --input /usr/lib/python3.11 --glob '*.py' --on-bad-input skip --tokenizer tok --output-prefix data/code
+  mp-preprocess --input /usr/lib/python3.11 --glob '*.py' --on-bad-line skip --tokenizer tok --output-prefix data/code
   zcat big.jsonl.gz | mp-preprocess --input - --tokenizer tok --output-prefix data/big --append-eod --workers 8"""
 
 
@@ -46,6 +46,7 @@ class Options(InputOptions):
     trust_remote_code: bool = opt("run the tokenizer's own Python code, for folders without tokenizer.json", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers {self.workers}: expected 1 or more")
         if self.chunk_bytes < 1:
@@ -71,7 +72,7 @@ def preprocess(options: Options) -> None:
     dtype = dtype_for(tokenizer.vocab_size)
     with ended_by_sigterm(), staged_data(options.output_prefix) as (binary, index, manifest):
         with binary.open("wb") as file, quiet_engine():
-            encoder = Encoder(tokenizer, eod_id, dtype, options.json_key)
+            encoder = Encoder(tokenizer, eod_id, dtype, options.text_key[0])
             counts, lengths = write_ids(options, sources, encoder, file.fileno())
         write_index(index, lengths, dtype)
         about = describe(options, sources, tokenizer, counts, dtype)
@@ -82,9 +83,9 @@ def write_ids(
     options: Options, sources: list[Source], encoder: "Encoder", descriptor: int
 ) -> tuple[Counts, np.ndarray]:
     """Encode all inputs into an open file; counts, and the tokens of each document, int32 [documents]."""
-    ledger = Ledger(options.on_bad_input)
+    ledger = Ledger(options.on_bad_line)
     lengths = [np.zeros(0, np.int32)]
-    tasks = chunks(sources, options.chunk_bytes)
+    tasks = chunks(sources, options.chunk_bytes, shard=options.part)
     num_workers = options.workers or num_cores()
     with (
         Progress(total_bytes(sources)) as progress,
@@ -115,16 +116,16 @@ class Encoder:
     tokenizer: Tokenizer
     eod_id: int | None
     dtype: np.dtype
-    json_key: str
+    text_key: str
 
     def encode(self, chunk: Chunk) -> tuple[np.ndarray, Report]:
         """ids [tokens], and what to tell the parent."""
         texts: list[str] = []
         tallies = []
         for piece in chunk:
-            found, tally = read_documents(piece, self.json_key)
-            texts += found
-            tallies.append(tally)
+            records = read_records(piece, text_of([self.text_key]))
+            texts += [text for (text,) in records.taken]
+            tallies.append(records.tally)
         ids, lengths = self.tokenizer.encode_flat(texts)
         kept = lengths[lengths > 0]
         num_inside = 0
@@ -153,8 +154,8 @@ def describe(
         "options": {
             "append_eod": options.append_eod,
             "format": options.format,
-            "json_key": options.json_key,
-            "on_bad_input": options.on_bad_input,
+            "text_key": options.text_key,
+            "on_bad_line": options.on_bad_line,
         },
         "dtype": dtype.name,
         "bin_bytes": counts.tokens * dtype.itemsize,

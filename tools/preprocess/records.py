@@ -1,42 +1,40 @@
-"""Documents from bytes: JSON lines or a whole text file. What is not a document is named with its place."""
+"""Records of a piece: JSON lines, lines, whole texts or rows. What is none is named with its place and reason."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
-from megapatch.tools.preprocess.inputs import Piece
+from megapatch.models.cli import UserError
+from megapatch.tools.preprocess.columnar import rows_of
+from megapatch.tools.preprocess.json_lines import BadRecord, fast_loads, kind_of, loads, refuse_surrogates, utf8
+from megapatch.tools.preprocess.pieces import LineNumbers, Piece
 
-_fast_loads: Callable[[bytes], Any] | None
-try:
-    from orjson import loads as _fast_loads
-except ImportError:  # extra `data` is not installed; the standard library decides in any case, see parse_line
-    _fast_loads = None
-
-_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-_MAX_TOLD = 10  # bad records kept per piece; the rest are only counted
-
-
-class BadRecord(ValueError):
-    """Why a line or file is no document, and at which of its bytes."""
-
-    def __init__(self, reason: str, offset: int = 0) -> None:
-        super().__init__(reason, offset)
-        self.reason, self.offset = reason, offset
+__all__ = ["Bad", "BadRecord", "Records", "Tally", "place_of", "read_records", "text_of"]
+T = TypeVar("T")
+Take = Callable[[Any], T]
+_BOM = b"\xef\xbb\xbf"
+_MAX_TOLD = 10  # bad records kept per piece when their bytes are not wanted; the rest are only counted
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A bad record: line within the piece (from 1; 0 for a text file), byte within the file, reason."""
+    """A bad record: line (row, from 1; 0 for a whole text) within the piece, byte within the content of the input
+    (None for a row), reason, and its bytes without the line's end (rows: as JSON) when they were asked for."""
 
     line: int
-    offset: int
+    offset: int | None
     reason: str
+    raw: bytes | None = None
 
 
 @dataclass
 class Tally:
-    """What a piece held besides its documents; ``bad`` has the first few of ``num_bad``."""
+    """What a piece held besides what was taken: ``num_lines`` (or rows; a text is one) = taken + blank + bad.
+
+    ``bad`` has the first few of ``num_bad``, or all when their bytes were asked for; ``piece`` is without its data.
+    """
 
     piece: Piece
     num_lines: int = 0
@@ -44,99 +42,204 @@ class Tally:
     num_bad: int = 0
     bad: list[Bad] = field(default_factory=list)
 
-    def add_bad(self, line: int, offset: int, reason: str) -> None:
-        """Count a bad record, and keep it when it is among the first."""
-        self.num_bad += 1
-        if len(self.bad) < _MAX_TOLD:
-            self.bad.append(Bad(line, offset, reason))
+
+@dataclass
+class Records(Generic[T]):
+    """What was taken of each good record, in order, and the tally of the piece."""
+
+    taken: list[T]
+    tally: Tally
 
 
-def read_documents(piece: Piece, key: str) -> tuple[list[str], Tally]:
-    """The texts of a piece in order, and what else was in it."""
-    data = piece.read()
-    tally = Tally(Piece(piece.path, piece.jsonl, piece.start, piece.size))  # without the data: it may cross a pipe
-    texts = _read_lines(data, key, tally) if piece.jsonl else _read_text(data, tally)
-    return texts, tally
+def read_records(piece: Piece, take: Take[T], *, keep_raw: bool = False) -> Records[T]:
+    """What ``take`` makes of each record of a piece: a JSON value, a row as dict, or {"text": ...} for lines and texts.
+
+    ``take`` raises BadRecord for what is none, and may be asked twice about a line. ``keep_raw``: keep the bytes of
+    all bad records.
+    """
+    made = _Reading(Records([], Tally(replace(piece, data=None))), take, keep_raw)
+    made.read(piece)
+    return made.records
 
 
-def _read_text(data: bytes, tally: Tally) -> list[str]:
-    try:
-        return [_utf8(data)]
-    except BadRecord as bad:
-        tally.add_bad(0, bad.offset, bad.reason)
-        return []
+class _Reading(Generic[T]):
+    """Fills the records of one piece."""
 
+    def __init__(self, records: Records[T], take: Take[T], keep_raw: bool) -> None:
+        self.records, self.tally, self._take, self._keep_raw = records, records.tally, take, keep_raw
 
-def _read_lines(data: bytes, key: str, tally: Tally) -> list[str]:
-    texts = []
-    start = tally.piece.start
-    for line in data.split(b"\n"):
-        if not start < tally.piece.start + len(data):
-            break  # what follows the last newline is no line
-        tally.num_lines += 1
+    def read(self, piece: Piece) -> None:
+        """All records of the piece."""
+        if piece.kind in ("parquet", "arrow"):
+            self._rows(piece)
+            return
+        data = piece.read()
+        base = piece.start
+        if piece.start == 0 and data.startswith(_BOM):
+            data, base = data[len(_BOM) :], len(_BOM)
+        {"jsonl": self._json, "lines": self._plain, "text": self._text}[piece.kind](data, base)
+
+    def _bad(self, line: int, offset: int | None, reason: str, raw: Callable[[], bytes]) -> None:
+        self.tally.num_bad += 1
+        if self._keep_raw:
+            self.tally.bad.append(Bad(line, offset, reason, raw()))
+        elif len(self.tally.bad) < _MAX_TOLD:
+            self.tally.bad.append(Bad(line, offset, reason))
+
+    def _text(self, data: bytes, base: int) -> None:
+        self.tally.num_lines = 1
         try:
-            if line.strip():
-                texts.append(parse_line(line, key))
-            else:
-                tally.num_blank += 1
+            self.records.taken.append(self._take({"text": utf8(data)}))
         except BadRecord as bad:
-            tally.add_bad(tally.num_lines, start + bad.offset, bad.reason)
-        start += len(line) + 1
-    return texts
+            self._bad(0, base + bad.offset, bad.reason, lambda: data)
+
+    def _json(self, data: bytes, base: int) -> None:
+        lines = _split(data)
+        if base <= len(_BOM):
+            _refuse_whole_array(self.tally.piece.path, lines)
+        self._each(lines, base, fast_loads or loads, self._again)
+
+    def _plain(self, data: bytes, base: int) -> None:
+        lines = _split(data)
+
+        def load(line: bytes) -> dict[str, str]:
+            if line.isspace() or not line:
+                raise ValueError
+            return {"text": utf8(line.removesuffix(b"\r"))}
+
+        self._each(lines, base, load, lambda line: self._take(load(line)))
+
+    def _again(self, line: bytes) -> T:
+        """A line that orjson refused: what it holds by the standard library, or BadRecord with the exact place."""
+        taken = self._take(loads(line))
+        if b"\\u" in line:
+            refuse_surrogates(taken)
+        return taken
+
+    def _each(self, lines: list[bytes], base: int, load: Callable[[bytes], Any], again: Callable[[bytes], T]) -> None:
+        """Take every line; only the bad ones cost more than loading and taking."""
+        take, taken = self._take, self.records.taken
+        self.tally.num_lines = len(lines)
+        offset, reached = base, 0  # of lines[reached]
+        for number, line in enumerate(lines):
+            try:
+                taken.append(take(load(line)))
+                continue
+            except BadRecord as bad:
+                found = bad
+            except ValueError:
+                if not line.strip():
+                    self.tally.num_blank += 1
+                    continue
+                try:
+                    taken.append(again(line))
+                    continue
+                except BadRecord as bad:
+                    found = bad
+            offset += sum(map(len, islice(lines, reached, number))) + number - reached
+            reached = number
+            self._bad(number + 1, offset + found.offset, found.reason, line.__bytes__)
+
+    def _rows(self, piece: Piece) -> None:
+        for batch in rows_of(piece):
+            try:
+                rows: Sequence[Any] = batch.to_pylist()
+            except UnicodeDecodeError:
+                rows = [batch.slice(i, 1) for i in range(batch.num_rows)]
+            for row in rows:
+                self.tally.num_lines += 1
+                try:
+                    self.records.taken.append(self._take(row if isinstance(row, dict) else _row(row)))
+                except BadRecord as bad:
+                    self._bad(self.tally.num_lines, None, bad.reason, lambda row=row: _dump(row))  # type: ignore[misc]
 
 
-def parse_line(line: bytes, key: str) -> str:
-    """The text of a JSON line; the same with and without orjson, which only answers first where it can."""
-    value = _load(line)
+def _split(data: bytes) -> list[bytes]:
+    """Lines without their newlines; what follows the last newline is none when it is empty."""
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def _row(batch: Any) -> dict[str, Any]:
+    """The one row of a batch; BadRecord when it is not UTF-8."""
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason})") from None
+
+
+def _dump(row: Any) -> bytes:
+    value = row if isinstance(row, dict) else repr(row)
+    return json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace")
+
+
+def _refuse_whole_array(label: str, lines: list[bytes]) -> None:
+    """UserError when the first lines are the beginning of one JSON value that goes on over several lines."""
+    first, second = (*islice((one.strip() for one in lines if one.strip()), 2), b"", b"")[:2]
+    opens = first in (b"[", b"{", b"[{") and second and not _is_json(second)
+    if opens or (first.startswith(b"[") and first.endswith(b",") and _is_json(first[:-1] + b"]")):
+        raise UserError(
+            f"{label}: one JSON value over several lines, expected JSON lines (an object a line); convert an array "
+            "with: jq -c '.[]' FILE > FILE.jsonl"
+        )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        loads(line)
+    except BadRecord:
+        return False
+    return True
+
+
+def text_of(keys: Sequence[str]) -> Take[tuple[str, ...]]:
+    """A function from a record to the texts at ``keys``; BadRecord when one is missing or no string."""
+    names = tuple(keys)
+
+    def texts(value: Any) -> tuple[str, ...]:
+        found = []
+        for key in names:
+            text = value.get(key) if type(value) is dict else None
+            found.append(text if type(text) is str else _text_at(value, key))
+        return tuple(found)
+
+    def only(value: Any) -> tuple[str, ...]:
+        if type(value) is dict and type(text := value.get(names[0])) is str:
+            return (text,)
+        return (_text_at(value, names[0]),)
+
+    return only if len(names) == 1 else texts
+
+
+def _text_at(value: Any, key: str) -> str:
     if not isinstance(value, dict):
-        raise BadRecord(f"{_kind(value)} found, expected an object with the key {key!r}")
-    if key not in value:
+        hint = "; if the whole file is one array, convert it: jq -c '.[]' FILE" if isinstance(value, list) else ""
+        raise BadRecord(f"{kind_of(value)} found, expected an object with the key {key!r}{hint}")
+    try:
+        text = _at(value, key)
+    except KeyError:
         keys = ", ".join(map(repr, list(value)[:8])) or "none"
-        raise BadRecord(f"no key {key!r}; keys found: {keys}; choose with --json-key")
-    text = value[key]
+        raise BadRecord(f"no key {key!r}; keys found: {keys}; choose with --text-key") from None
     if not isinstance(text, str):
-        raise BadRecord(f"{key!r} is {_kind(text)}, expected a string")
-    if b"\\u" in line:
-        _refuse_surrogates(text)
+        raise BadRecord(f"{key!r} is {kind_of(text)}, expected a string")
     return text
 
 
-def _load(line: bytes) -> Any:
-    if _fast_loads is not None:
-        try:
-            return _fast_loads(line)
-        except ValueError:
-            pass  # orjson also refuses what JSON allows; and the message below is exact
-    text = _utf8(line)
-    try:
-        return _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise BadRecord(f"not JSON ({error.msg})", len(text[: error.pos].encode())) from None
-    except RecursionError:
-        raise BadRecord("not JSON that can be read (nested too deeply)") from None
+def _at(value: dict[str, Any], key: str) -> Any:
+    """The value at a key, or at a path of keys with dots; the key as it stands comes first, or KeyError."""
+    if key in value:
+        return value[key]
+    head, _, rest = key.partition(".")
+    if rest and isinstance(value.get(head), dict):
+        return _at(value[head], rest)
+    raise KeyError(key)
 
 
-def _refuse_constant(name: str) -> None:
-    raise BadRecord(f"not JSON ({name} is not a JSON value)")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)  # float: integers of any length
-
-
-def _utf8(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"not UTF-8 (byte 0x{data[error.start]:02x}: {error.reason})", error.start) from None
-
-
-def _refuse_surrogates(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        found = f"\\u{ord(text[error.start]):04x}"
-        raise BadRecord(f"lone surrogate {found}, half of a character; UTF-8 cannot hold it") from None
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), "null")
+def place_of(bad: Bad, piece: Piece, lines: LineNumbers) -> str:
+    """Where a bad record is: FILE:LINE (byte N), FILE (row N), or FILE (byte N) for a whole text."""
+    number = lines.before(piece) + bad.line if bad.line else 0
+    if bad.offset is None:
+        return f"{piece.path} (row {number})"
+    return f"{piece.path}:{number} (byte {bad.offset})" if bad.line else f"{piece.path} (byte {bad.offset})"

@@ -6,19 +6,19 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megapatch.models.cli import opt, run
+from megapatch.models.cli import UserError, opt, run
 from megapatch.models.commit import refuse_existing, staged_folder
-from megapatch.tools.preprocess.inputs import InputOptions, Source, chunks, find_sources, total_bytes
-from megapatch.tools.preprocess.ledger import Counts, Ledger
+from megapatch.tools.preprocess.inputs import InputOptions, LineNumbers, Source, chunks, find_sources, total_bytes
 from megapatch.tools.preprocess.progress import Progress
-from megapatch.tools.preprocess.records import read_documents
+from megapatch.tools.preprocess.records import Tally, place_of, read_records, text_of
 
 _LOG = logging.getLogger("megapatch.tools.preprocess")
 _CHUNK_BYTES = 1 << 20
+_MAX_WARNINGS = 10
 _NUM_BYTES = 256  # every byte is a token, so that any text can be encoded
 # How text is cut into words before merging: contractions, letters with one character before them, single digits,
 # punctuation, line ends, spaces. The pattern of the Qwen2 tokenizer.
@@ -45,7 +45,7 @@ _CHATML = """\
 {%- endif %}
 """
 EXAMPLES = """examples:
-  mp-train-tokenizer --input /usr/lib/python3.11 --glob '*.py' --on-bad-input skip --vocab-size 8192 --output tok
+  mp-train-tokenizer --input /usr/lib/python3.11 --glob '*.py' --on-bad-line skip --vocab-size 8192 --output tok
   mp-train-tokenizer --input wiki.jsonl books.jsonl --vocab-size 32000 --chat-template chatml --output tok"""
 
 
@@ -71,6 +71,9 @@ class Options(InputOptions):
     force: bool = opt("replace the folder if it exists", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quarantine:
+            raise ValueError(f"--on-bad-line {self.on_bad_line}: a tokenizer keeps no bad lines; expected fail or skip")
         least = _NUM_BYTES + len(self.all_special)
         if self.vocab_size < least:
             raise ValueError(f"--vocab-size {self.vocab_size}: expected {least} or more (256 bytes and special tokens)")
@@ -85,12 +88,42 @@ class Options(InputOptions):
         return [*self.special_tokens, *(_CHATML_TOKENS if self.chat_template == "chatml" else ())]
 
 
+@dataclass
+class Counts:
+    """lines (or rows, or texts) = documents + empty + bad; bad ones are told with their place."""
+
+    lines: int = 0
+    documents: int = 0
+    empty: int = 0
+    bad: int = 0
+    _numbers: LineNumbers = field(default_factory=LineNumbers)
+
+    def add(self, tally: Tally, on_bad_line: str) -> None:
+        """Count a piece; under 'fail' its first bad line is a UserError."""
+        for bad in tally.bad if self.bad < _MAX_WARNINGS else ():
+            where = f"{place_of(bad, tally.piece, self._numbers)}: {bad.reason}"
+            if on_bad_line == "fail":
+                raise UserError(f"{where}; mend it, or leave it out with --on-bad-line skip")
+            _LOG.warning("%s; skipped", where)
+        self.lines += tally.num_lines
+        self.empty += tally.num_blank
+        self.bad += tally.num_bad
+
+    def close(self) -> None:
+        """Check that the counts add up, and say how many bad lines were left out."""
+        assert self.lines == self.documents + self.empty + self.bad, f"lines lost: {self}"
+        if self.bad:
+            _LOG.warning("%s bad lines skipped of %s", f"{self.bad:,}", f"{self.lines:,}")
+        if not self.documents:
+            raise UserError(f"no documents in --input ({self.empty:,} empty, {self.bad:,} bad); nothing was written")
+
+
 def train_tokenizer(options: Options) -> None:
     """Learn from all inputs, then write the folder; nothing is written if that fails."""
     refuse_existing(options.output, options.force)
     sources = find_sources(options)
-    ledger = Ledger(options.on_bad_input)
-    backend = learn(options, sources, ledger)
+    counts = Counts()
+    backend = learn(options, sources, counts)
     found = backend.get_vocab_size()
     if found < options.vocab_size:
         _LOG.warning(
@@ -99,7 +132,7 @@ def train_tokenizer(options: Options) -> None:
             f"{options.vocab_size:,}",
             options.min_frequency,
         )
-    about = describe(options, sources, ledger.counts, found)
+    about = describe(options, sources, counts, found)
     with staged_folder(options.output, tool="mp-train-tokenizer", force=options.force, about=about) as folder:
         backend.save(str(folder / "tokenizer.json"))
         for name, content in side_files(options).items():
@@ -108,7 +141,7 @@ def train_tokenizer(options: Options) -> None:
     _LOG.info("%s tokens -> %s", f"{found:,}", options.output)
 
 
-def learn(options: Options, sources: list[Source], ledger: Ledger) -> Any:
+def learn(options: Options, sources: list[Source], counts: Counts) -> Any:
     """A trained tokenizers.Tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -128,23 +161,25 @@ def learn(options: Options, sources: list[Source], ledger: Ledger) -> Any:
         show_progress=sys.stderr.isatty(),
     )
     with interruptible():
-        backend.train_from_iterator(texts(options, sources, ledger), trainer)
-    ledger.close()
+        backend.train_from_iterator(texts(options, sources, counts), trainer)
+    counts.close()
     return backend
 
 
-def texts(options: Options, sources: list[Source], ledger: Ledger) -> Iterator[str]:
+def texts(options: Options, sources: list[Source], counts: Counts) -> Iterator[str]:
     """The documents of all inputs, one chunk in memory at a time."""
+    take = text_of(options.text_key)
     with Progress(total_bytes(sources)) as progress:
-        for chunk in chunks(sources, _CHUNK_BYTES):
+        for chunk in chunks(sources, _CHUNK_BYTES, shard=options.part):
             for piece in chunk:
-                found, tally = read_documents(piece, options.json_key)
-                ledger.add(tally)
-                ledger.counts.empty += found.count("")
-                ledger.counts.documents += len(found) - found.count("")
-                progress.add(piece.size)
-                yield from found
-        _LOG.info("%s documents, %s; learning merges", f"{ledger.counts.documents:,}", progress.line())
+                records = read_records(piece, take)
+                counts.add(records.tally, options.on_bad_line)
+                for found in records.taken:
+                    counts.documents += any(found)
+                    counts.empty += not any(found)
+                    yield from found
+            progress.add(chunk.input_bytes)
+        _LOG.info("%s documents, %s; learning merges", f"{counts.documents:,}", progress.line())
 
 
 @contextmanager
@@ -159,11 +194,10 @@ def interruptible() -> Iterator[None]:
 
 def describe(options: Options, sources: list[Source], counts: Counts, vocab_size: int) -> dict[str, Any]:
     """What the folder's manifest says besides its files."""
-    read = {name: count for name, count in asdict(counts).items() if name in ("records", "documents", "empty", "bad")}
     return {
         "vocab_size": vocab_size,
         "special_tokens": options.all_special,
-        "counts": read,
+        "counts": {name: getattr(counts, name) for name in ("lines", "documents", "empty", "bad")},
         "inputs": {"files": len(sources), "bytes": total_bytes(sources)},
     }
 
