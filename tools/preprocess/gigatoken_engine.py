@@ -32,7 +32,7 @@ class Gigatoken:
         try:
             backend = gigatoken_rs.load_hf_json(fast.backend.to_str())
         except Exception as error:  # the library raises what it likes for what it does not know
-            raise Unusable(f"gigatoken {self.version} cannot load {tokenizer.folder} ({_line(error)})") from error
+            raise Unusable(f"gigatoken {self.version} cannot load {tokenizer.folder} ({_reason(error)})") from error
         self._encode, self._prepared = backend.encode, fast.prepared
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -42,5 +42,6 @@ class Gigatoken:
         return [encode(prepared(text)) for text in texts]
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _reason(error: Exception) -> str:
+    said = str(error).partition("Location:")[0]  # of its own source
+    return " ".join(said.split())[:200] or type(error).__name__
