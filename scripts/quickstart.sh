@@ -32,7 +32,7 @@ if [ -z "$model" ]; then
         --dtype fp32 --set hidden_size=128 intermediate_size=384 num_hidden_layers=4 num_attention_heads=4 \
         num_key_value_heads=2 head_dim=32 max_position_embeddings=512 tie_word_embeddings=true
 fi
-step "tokenize the text" mp-preprocess --input "${input[@]}" --tokenizer "$model" --append-eod --output-prefix "$out/data"
+step "tokenize the text" mp-preprocess --input "${input[@]}" --tokenizer "$model" --output-prefix "$out/data"
 step "convert to megatron-core" mp-convert --source "$model" --target "$out/core"
 
 half=$((steps / 2))

@@ -57,7 +57,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = [str(path) for path in sorted((ROOT / "models").glob("*.py"))]
     tokenizer, model = str(folder / "tokenizer"), str(folder / "model")
     assert train_tokenizer(["--input", *text, "--vocab-size", "300", "--output", tokenizer]) == 0
-    data = ["--append-eod", "--workers", "1", "--output-prefix", str(folder / "data")]
+    data = ["--workers", "1", "--output-prefix", str(folder / "data")]
     assert preprocess(["--input", *text, "--tokenizer", tokenizer, *data]) == 0
     sizes = ["--dtype", "fp32", "--set", *SIZES.split()]
     assert new_model(["--model-type", "qwen3", "--tokenizer", tokenizer, "--target", model, *sizes]) == 0

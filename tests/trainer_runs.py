@@ -40,7 +40,7 @@ def corpus(folder: Path, vocabulary: int = VOCABULARY) -> Path:
 
 def data(folder: Path, name: str, files: list[str], tokenizer: str = "tokenizer") -> Path:
     """The prefix FOLDER/NAME of data made of these files."""
-    made = ["--append-eod", "--workers", "1", "--output-prefix", str(folder / name)]
+    made = ["--workers", "1", "--output-prefix", str(folder / name)]
     assert preprocess(["--input", *files, "--tokenizer", str(folder / tokenizer), *made]) == 0
     return folder / name
 

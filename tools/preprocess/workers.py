@@ -1,104 +1,176 @@
-"""Worker processes that turn chunks into bytes of one file, in input order however many there are.
+"""Worker processes that turn chunks into bytes of files, in input order however many there are.
 
-A worker says how many bytes it made; the parent answers, in input order, at which offset they belong; the worker
-writes them there itself. A worker that dies ends the run at once.
+A worker reports what a chunk holds; the parent settles the reports in input order and answers at which offsets the
+bytes belong; the worker writes them there itself and says when it has. A worker that dies ends the run at once.
 """
 
-import gc
 import multiprocessing
 import os
 import signal
-import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar
-
-import numpy as np
+from typing import Any
 
 from megapatch.models.cli import UserError
 from megapatch.tools.preprocess.inputs import Chunk
+from megapatch.tools.preprocess.job import Job, Redo, Write
+from megapatch.tools.preprocess.stopping import SIGNALS, Stopping
+from megapatch.tools.preprocess.worker_process import Order, Target, serve
 
-R = TypeVar("R")
-_ENDS = (signal.SIGINT, signal.SIGTERM)
-Work = Callable[[Chunk], tuple[np.ndarray, R]]
+
+@dataclass(frozen=True)
+class Settled:
+    """The chunk after all those settled before it; its bytes are not written yet."""
+
+    chunk: Chunk
+    write: Write
 
 
-@dataclass
-class Done(Generic[R]):
-    """A finished chunk: what the work reported, the bytes it wrote, and the bytes it read."""
+@dataclass(frozen=True)
+class Durable:
+    """So many chunks from the beginning of this iteration have been written (to the page cache)."""
 
-    report: R
-    num_bytes: int
-    input_bytes: int
+    num_chunks: int
 
 
 def in_order(
-    chunks: Iterator[Chunk], work: Work[R], descriptor: int, num_workers: int
-) -> Generator[Done[R], None, None]:
-    """Do ``work`` on every chunk in forked processes, write its arrays one after another into the file
-    ``descriptor``, and yield the reports in input order; all is written when the iteration ends."""
+    chunks: Iterator[Chunk],
+    job: Job[Any],
+    targets: Sequence[Target],
+    num_workers: int,
+    stopping: Stopping,
+    close: Sequence[int] = (),
+) -> Generator[Settled | Durable, None, None]:
+    """Do ``job`` on every chunk in forked processes; all is written when the iteration ends.
+
+    Workers close the descriptors ``close``: a lock ends with the parent.
+    """
     crew: list[_Worker] = []
+    stopping.watch(lambda: _look(crew))
     try:
-        for chunk in chunks:
+        for chunk in _stoppable(chunks, stopping):
             with _undisturbed():
-                crew.append(_Worker(work, descriptor, crew))
+                crew.append(_Worker(job, targets, crew, close))
             crew[-1].give(len(crew) - 1, chunk)
             if len(crew) == num_workers:
                 break
-        yield from _collect(crew, chunks)
+        yield from _Foreman(job, crew, _stoppable(chunks, stopping), targets, stopping).events()
     finally:
         for worker in crew:
             worker.stop()
 
 
-def _collect(crew: list["_Worker"], chunks: Iterator[Chunk]) -> Iterator[Done[Any]]:
-    finished: dict[int, tuple[_Worker, Any, int]] = {}
-    following, offset, given = 0, 0, len(crew)
-    busy = list(crew)
-    while busy:
-        by_connection = {worker.connection: worker for worker in busy}
-        for connection in wait(list(by_connection)):
-            worker = by_connection[connection]  # type: ignore[index]
-            message = worker.receive()
-            if message is None:
-                busy.remove(worker)
-            else:
-                finished[worker.number] = (worker, *message)
-        while following in finished:
-            worker, report, num_bytes = finished.pop(following)
-            yield Done(report, num_bytes, worker.input_bytes)
-            worker.send(offset)
-            offset += num_bytes
-            following += 1
+def _stoppable(chunks: Iterator[Chunk], stopping: Stopping) -> Iterator[Chunk]:
+    """The chunks; a signal or a death ends the wait for the next one, which may come from a slow pipe."""
+    while True:
+        with stopping.at_rest():
             chunk = next(chunks, None)
-            worker.give(given, chunk)
-            given += chunk is not None
+        if chunk is None:
+            return
+        yield chunk
+
+
+def _look(crew: list["_Worker"]) -> None:
+    """Raise the error of a worker that has ended."""
+    for worker in crew:
+        while worker.process.exitcode is not None:
+            worker.receive()  # at last its error, or the end of the pipe
+
+
+class _Foreman:
+    """Hands out chunks, settles reports in input order, and follows what is written."""
+
+    def __init__(
+        self,
+        job: Job[Any],
+        crew: list["_Worker"],
+        chunks: Iterator[Chunk],
+        targets: Sequence[Target],
+        stopping: Stopping,
+    ) -> None:
+        self.job, self.chunks, self.stopping = job, chunks, stopping
+        self.itemsizes = [target.itemsize for target in targets]
+        self.offsets = [target.offset for target in targets]
+        self.busy, self.given = list(crew), len(crew)
+        self.reported: dict[int, tuple[_Worker, Any]] = {}
+        self.settled = self.durable = 0
+        self.written: set[int] = set()
+        self.ended = False  # the job wants no more
+
+    def events(self) -> Iterator[Settled | Durable]:
+        while self.busy and not (self.ended and self.durable == self.settled):
+            by_connection = {worker.connection: worker for worker in self.busy}
+            with self.stopping.at_rest():
+                ready = wait(list(by_connection))
+            for connection in ready:
+                worker = by_connection[connection]  # type: ignore[index]
+                kind, message = worker.receive()
+                if kind == "report":
+                    self.reported[worker.number] = (worker, message)
+                else:
+                    yield from self._note_written(worker)
+            while self.settled in self.reported and not self.ended:
+                yield from self._settle()
+
+    def _note_written(self, worker: "_Worker") -> Iterator[Durable]:
+        self.written.add(worker.number)
+        before = self.durable
+        while self.durable in self.written:
+            self.written.remove(self.durable)
+            self.durable += 1
+        if self.durable > before:
+            yield Durable(self.durable)
+        chunk = None if self.ended else next(self.chunks, None)
+        if chunk is None:
+            self.busy.remove(worker)
+        else:
+            worker.give(self.given, chunk)
+            self.given += 1
+
+    def _settle(self) -> Iterator[Settled]:
+        worker, report = self.reported.pop(self.settled)
+        answer = self.job.settle(report)
+        if isinstance(answer, Redo):
+            worker.send(answer)
+            return
+        sizes = [
+            int(lengths.sum(dtype="i8")) * size for lengths, size in zip(answer.lengths, self.itemsizes, strict=True)
+        ]
+        worker.send(Order(answer.verdict, list(self.offsets), sizes))
+        self.offsets = [offset + size for offset, size in zip(self.offsets, sizes, strict=True)]
+        self.settled += 1
+        self.ended = answer.last
+        yield Settled(worker.chunk, answer)
 
 
 class _Worker:
     """One process, as its parent sees it; ``number`` is the chunk it has."""
 
-    def __init__(self, work: Work[Any], descriptor: int, crew: list["_Worker"]) -> None:
+    def __init__(self, job: Job[Any], targets: Sequence[Target], crew: list["_Worker"], close: Sequence[int]) -> None:
         context = multiprocessing.get_context("fork")  # shares the loaded tokenizer, starts in milliseconds
         self.connection, theirs = context.Pipe()
         inherited = [self.connection, *(worker.connection for worker in crew)]
-        self.process: BaseProcess = context.Process(
-            target=_serve, args=(theirs, inherited, work, descriptor), daemon=True
-        )
+
+        def close_all() -> None:
+            for other in inherited:
+                other.close()  # else this process would keep them open, and a dead parent would not be noticed
+            for descriptor in close:
+                os.close(descriptor)
+
+        self.process: BaseProcess = context.Process(target=serve, args=(theirs, close_all, job, targets), daemon=True)
         self.process.start()
         theirs.close()
-        self.number, self.input_bytes, self._place = -1, 0, "its first input"
+        self.chunk: Chunk
+        self.number = -1
 
-    def give(self, number: int, chunk: Chunk | None) -> None:
-        """Send the next chunk; None when there is none left."""
+    def give(self, number: int, chunk: Chunk) -> None:
+        """Send the next chunk."""
         self.number = number
-        if chunk:
-            self.input_bytes = sum(piece.size for piece in chunk)
-            self._place = f"{chunk[0].path} (byte {chunk[0].start})"
         self.send(chunk)
+        self.chunk = replace(chunk, pieces=tuple(replace(piece, data=None) for piece in chunk.pieces))
 
     def send(self, message: Any) -> None:
         """Send to the process; a dead one is a UserError."""
@@ -107,22 +179,22 @@ class _Worker:
         except OSError:
             raise self._death() from None
 
-    def receive(self) -> Any:
-        """(report, number of bytes) of the chunk, or None when all is written; its error is raised here."""
+    def receive(self) -> tuple[str, Any]:
+        """('report', what ``begin`` says) or ('written', None); an error of the process is raised here."""
         try:
-            message = self.connection.recv()
+            kind, message = self.connection.recv()
         except (EOFError, OSError):
             raise self._death() from None
-        if isinstance(message, BaseException):
+        if kind == "error":
             raise message
-        return message
+        return kind, message
 
     def _death(self) -> UserError:
         self.process.join(5)
         code = self.process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
         return UserError(
-            f"worker process {self.process.pid} {how} at or after {self._place}; nothing was kept; "
+            f"worker process {self.process.pid} {how} at or after {self.chunk.place}; "
             "if memory ran out, use fewer --workers or a smaller --chunk-bytes"
         )
 
@@ -133,41 +205,14 @@ class _Worker:
         self.process.join()
 
 
-def _serve(connection: Connection, inherited: list[Connection], work: Work[Any], descriptor: int) -> None:
-    gc.freeze()  # what the parent made is never collected here: destructors may wait for threads that were not forked
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
-    for other in inherited:
-        other.close()  # else this process would keep them open, and a dead parent would not be noticed
-    try:
-        while (chunk := connection.recv()) is not None:
-            array, report = work(chunk)
-            connection.send((report, array.nbytes))
-            _write_all(descriptor, array, connection.recv())
-        connection.send(None)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is gone
-    except Exception as error:
-        error.add_note(traceback.format_exc())
-        connection.send(error)
-
-
-def _write_all(descriptor: int, array: np.ndarray, offset: int) -> None:
-    data = array.view(np.uint8).data
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-
-
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back: Python drops an exception raised while it forks, and the run would go on."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    """Hold signals back: Python drops an exception raised while it forks, and the run would go on."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextmanager
@@ -182,17 +227,3 @@ def quiet_engine() -> Iterator[None]:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM (a batch system's 'time is up') end the run as Ctrl-C does, with everything removed; status 143."""
-
-    def leave(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
