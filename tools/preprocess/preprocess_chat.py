@@ -1,0 +1,97 @@
+"""mp-preprocess-chat: conversations, preference pairs and prompts to ids and masks."""
+
+from typing import TYPE_CHECKING
+
+from megapatch.models.cli import UserError, run
+from megapatch.tools.preprocess.chat_options import Options
+
+if TYPE_CHECKING:
+    from megapatch.models.chat import Renderer
+    from megapatch.models.tokenizer import Tokenizer
+    from megapatch.tools.preprocess.chat_job import ChatJob
+    from megapatch.tools.preprocess.chat_work import Worker
+
+EXAMPLES = """examples:
+  mp-preprocess-chat --input chats.jsonl --tokenizer Qwen3-0.6B --output-prefix data/sft --on-rewritten-history split
+  mp-preprocess-chat --input 'sft/*.parquet' --tokenizer tok --max-length 4096 --truncate turn --output-prefix data/sft
+  mp-preprocess-chat --input pairs.jsonl --chat-format preference --tokenizer tok --output-prefix data/dpo
+  zcat math.jsonl.gz | mp-preprocess-chat --input - --chat-format prompts --tokenizer tok --output-prefix data/rl"""
+
+
+def preprocess_chat(options: Options) -> None:
+    """Write all outputs and the manifest, or nothing."""
+    from megapatch.models.indexed_data import manifest_path
+    from megapatch.models.tokenizer import Tokenizer
+    from megapatch.tools.preprocess.inputs import find_sources
+    from megapatch.tools.preprocess.pipeline import run_job
+    from megapatch.tools.preprocess.workers import quiet_engine
+
+    sources = find_sources(options)
+    with quiet_engine():
+        tokenizer = Tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
+        run_job(make_job(options, tokenizer), sources, options)
+    if options.json:
+        print(manifest_path(options.output_prefix).read_text(), end="")
+
+
+def make_job(options: Options, tokenizer: "Tokenizer") -> "ChatJob":
+    """The job for these options."""
+    from megapatch.tools.preprocess.chat_job import ChatJob
+
+    renderer = make_renderer(options, tokenizer)
+    return ChatJob(options, _worker(options, tokenizer, renderer))
+
+
+def make_renderer(options: Options, tokenizer: "Tokenizer") -> "Renderer":
+    """The template, and how the options want it used."""
+    from megapatch.models.chat import Renderer, generation_prompt
+    from megapatch.models.chat_load import load_templates
+
+    template, with_tools = load_templates(tokenizer, options.template, arguments=options.arguments, date=options.today)
+    if options.on_rewritten_history == "keep" and not template.tagged:
+        raise UserError(
+            "--on-rewritten-history keep: the chat template has no generation tags to keep to; choose fail or split"
+        )
+    if options.train_generation_prompt and not generation_prompt(template):
+        raise UserError("--train-generation-prompt: the chat template has no generation prompt; leave it out")
+    return Renderer(
+        template,
+        with_tools,
+        tuple(tokenizer.special_tokens.values()),
+        options.on_rewritten_history,
+        options.train_generation_prompt,
+    )
+
+
+def _worker(options: Options, tokenizer: "Tokenizer", renderer: "Renderer") -> "Worker":
+    from megapatch.models.chat_literal import LiteralEncoder
+    from megapatch.models.chat_mask import Masker
+    from megapatch.models.chat_special import Special
+    from megapatch.tools.preprocess.chat_records import taker
+    from megapatch.tools.preprocess.chat_texts import Texts
+    from megapatch.tools.preprocess.chat_work import Worker
+    from megapatch.tools.preprocess.encoder import EncodeOptions, Encoder
+
+    special = Special(list(tokenizer.special_tokens.values()))
+    literal = LiteralEncoder(tokenizer, special) if options.special_in_text == "literal" else None
+    masked = options.format_of_output != "prompts"
+    return Worker(
+        Texts(taker(options.chat_format), renderer, special, options.special_in_text, options.message_weights),
+        Encoder(tokenizer, EncodeOptions(bos="no", eod="no", engine=options.engine)),  # the template writes them
+        Masker(tokenizer, literal.encode if literal else None) if masked else None,
+        literal,
+        2 if options.format_of_output == "preference" else 1,
+        options.max_length,
+        options.truncate,
+        options.deduplicate,
+        options.quarantine is not None,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run mp-preprocess-chat; the exit status."""
+    return run(Options, preprocess_chat, prog="mp-preprocess-chat", epilog=EXAMPLES, argv=argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
