@@ -15,6 +15,7 @@ PAIRS = {  # a manifest's word for its format -> what follows PREFIX in the name
     "prompts": ("", "_answer"),
 }
 OPTIONAL = ("_weight", "_answer")
+SIDES = ("_mask", "_weight", "_answer")  # pairs that hold no text
 
 
 def format_of(prefix: str | Path, manifest: dict[str, Any] | None) -> str:
@@ -28,6 +29,12 @@ def format_of(prefix: str | Path, manifest: dict[str, Any] | None) -> str:
 def pairs_of(prefix: str | Path, form: str) -> list[str]:
     """What follows PREFIX in the names of its pairs, optional ones only where they are there."""
     return [end for end in PAIRS[form] if end not in OPTIONAL or idx_path(f"{prefix}{end}").exists()]
+
+
+def pair_said(manifest: dict[str, Any] | None, end: str) -> dict[str, Any]:
+    """What the manifest says of the pair PREFIX + ``end``."""
+    found = manifest or {}
+    return found if end == "" else (found.get("pairs") or {}).get(end) or {}
 
 
 def parallel(data: IndexedDocuments, prefix: str | Path, end: str) -> IndexedDocuments:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_pairs import peak_growth_bytes
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megapatch.models.cli import UserError
@@ -159,18 +160,6 @@ def test_documents_are_read_only(tmp_path: Path) -> None:
     write_ours(tmp_path / "data", documents([2], np.dtype(np.int32)), np.dtype(np.int32))
     with pytest.raises(ValueError, match="read-only"):
         IndexedDocuments(tmp_path / "data")[0][0] = 1
-
-
-def peak_growth_bytes(work: Callable[[], object]) -> int:
-    """How far the resident memory of this process rises above where it is while ``work`` runs."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
-
-    def status(name: str) -> int:
-        return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
-
-    before = status("VmRSS")
-    work()
-    return status("VmHWM") - before
 
 
 def test_an_index_of_ten_million_documents_is_written_and_read_in_bounded_memory(tmp_path: Path) -> None:

@@ -140,8 +140,8 @@ def _told_of_manifest(prefix: str, manifest: Mapping[str, Any] | None) -> Iterat
     if tokenizer:
         yield _line("tokenizer", _pairs({key: tokenizer[key] for key in tokenizer if key != "folder"}))
         yield _line("", f"folder {tokenizer.get('folder')}")
-    for name in ("options", "counts", "engine"):
-        if value := manifest.get(name):
+    for key, name in (("options",) * 2, ("engine",) * 2, ("special_in_text", "special"), ("counts",) * 2):
+        if value := manifest.get(key):
             yield _line(name, _pairs(value) if isinstance(value, Mapping) else str(value))
     sources = manifest.get("sources")
     for name, counts in sources.items() if isinstance(sources, Mapping) else ():

@@ -85,7 +85,8 @@ def _reports(options: Options) -> int:
     from megapatch.models.indexed_data import read_manifest
     from megapatch.tools.preprocess.data_report import lines
 
-    said, status = [], OK
+    said: list[dict[str, Any]] = []
+    status = OK
     for prefix in options.prefix:
         manifest = read_manifest(prefix)
         for one in _told(prefix, manifest, options):
@@ -100,7 +101,7 @@ def _reports(options: Options) -> int:
 
 def _told(prefix: str, manifest: dict[str, Any] | None, options: Options) -> list[dict[str, Any]]:
     """A report for each pair of texts under the prefix; a mask is told with its texts."""
-    from megapatch.models.data_formats import format_of, pairs_of
+    from megapatch.models.data_formats import SIDES, format_of, pair_said, pairs_of
     from megapatch.models.indexed_data import read_index
     from megapatch.tools.preprocess.data_report import digest_problems, reference, report
     from megapatch.tools.preprocess.data_scan import scan
@@ -113,7 +114,7 @@ def _told(prefix: str, manifest: dict[str, Any] | None, options: Options) -> lis
     indexes = {end: read_index(f"{prefix}{end}") for end in ends}
     with Progress(sum(index.num_tokens * index.dtype.itemsize for index in indexes.values())) as progress:
         for end, index in indexes.items():
-            name, side = f"{prefix}{end}", end.endswith(("_mask", "_weight", "_answer"))
+            name, side = f"{prefix}{end}", end.endswith(SIDES)
             found = scan(name, index, 0 if side else known.eod_id, progress.add)
             if not side:
                 reports[end] = report(name, form, index, found, known)
@@ -125,15 +126,9 @@ def _told(prefix: str, manifest: dict[str, Any] | None, options: Options) -> lis
                 text["problems"] += wrong or []
                 text["notes"] += [f"{name}: no digests in a manifest to compare with"] if wrong is None else []
     if tokenizer and manifest and (digest := (manifest.get("tokenizer") or {}).get("digest")) != tokenizer.digest:
-        wrong = f"{tokenizer.folder}: digest {tokenizer.digest}, expected {digest} of the manifest; another tokenizer"
-        next(iter(reports.values()))["problems"].append(wrong)
+        other = f"{tokenizer.folder}: digest {tokenizer.digest}, expected {digest} of the manifest; another tokenizer"
+        next(iter(reports.values()))["problems"].append(other)
     return list(reports.values())
-
-
-def pair_said(manifest: dict[str, Any] | None, end: str) -> dict[str, Any]:
-    """What the manifest says of the pair PREFIX + ``end``."""
-    found = manifest or {}
-    return found if end == "" else (found.get("pairs") or {}).get(end) or {}
 
 
 def _tokenizer(options: Options, folder: Path) -> "Tokenizer":
@@ -183,7 +178,7 @@ def _documents(options: Options) -> int:
 
 
 def _diff(options: Options, prefix: str, other: str) -> int:
-    from megapatch.models.data_formats import format_of, pairs_of
+    from megapatch.models.data_formats import SIDES, format_of, pairs_of
     from megapatch.models.indexed_data import IndexedDocuments, read_manifest
     from megapatch.tools.preprocess.data_diff import compare, lines, told
     from megapatch.tools.preprocess.show_document import Decoder
@@ -195,7 +190,7 @@ def _diff(options: Options, prefix: str, other: str) -> int:
         names = (f"{prefix}{end}", f"{other}{end}")
         pair = IndexedDocuments(names[0]), IndexedDocuments(names[1])
         found = compare(*pair)
-        side = end.endswith(("_mask", "_weight", "_answer"))
+        side = end.endswith(SIDES)
         decoder = Decoder(_tokenizer_of(prefix, options)) if found.first and named and not side else None
         said.append(told(names, pair, found, decoder))
         if not options.json:

@@ -1,0 +1,153 @@
+"""mp-merge-data: several .bin/.idx pairs to one, byte for byte what megatron-core's builder would make of them."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megapatch.models.cli import Common, UserError, opt, run
+
+if TYPE_CHECKING:
+    from megapatch.tools.preprocess.merge_plan import Input
+
+_LOG = logging.getLogger(__name__)
+EXAMPLES = """examples:
+  mp-merge-data --input shards/data_0 shards/data_1 shards/data_2 --output-prefix data/train
+  mp-merge-data --input day1 day2 --output-prefix days --dry-run | jq .tokens
+
+Documents come in the order of --input: the shards of `mp-preprocess --shards N --shard I`, given from 0 to N-1, are the
+whole run's documents. Chats are merged with their masks, preference data pair by pair.
+--dry-run prints an object: output_prefix, format, dtype, documents, tokens, bytes, inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Join pairs of .bin/.idx files, of one dtype and tokenizer, into one. Memory does not grow with the data.
+
+    Each input is compared with the digests of its manifest while it is read. The manifest of the whole adds up the
+    counts and keeps what is known of each part. All of the output appears at the end, or nothing.
+    """
+
+    input: list[str] = opt("paths of pairs, without .bin and .idx, in this order", nargs="+", metavar="PREFIX")
+    output_prefix: Path = opt("path of the pair written, without .bin, .idx and .manifest.json", metavar="PREFIX")
+    skip_digests: bool = opt(
+        "let the kernel copy, without reading: faster only where it shares blocks or a server copies by itself", False
+    )
+    force: bool = opt("replace files that exist", False)
+    dry_run: bool = opt("check the inputs, print what would be written as JSON, and stop", False)
+
+    def __post_init__(self) -> None:
+        if any(Path(prefix).resolve() == self.output_prefix.resolve() for prefix in self.input):
+            raise ValueError(f"--output-prefix {self.output_prefix}: is also an input; name another one")
+
+
+def merge(options: Options) -> None:
+    """Write the pairs and their manifest, or nothing."""
+    from megapatch.tools.preprocess.merge_plan import merged, read_inputs
+    from megapatch.tools.preprocess.progress import Progress
+
+    inputs, prefix = read_inputs(options.input), options.output_prefix
+    ends = list(inputs[0].pairs)
+    _refuse_existing(prefix, ends, options.force)
+    if unnamed := [one.prefix for one in inputs if not one.tokenizer]:
+        _LOG.warning("%s: no tokenizer is named; that of %s will not be known", " ".join(unnamed), prefix)
+    if options.dry_run:
+        print(json.dumps(_planned(prefix, inputs)))
+        return
+    with Progress(sum(one.num_bytes for one in inputs)) as progress, staged(prefix, ends) as stages:
+        said = {end: _write(inputs, end, stages, progress.add, not options.skip_digests) for end in ends}
+        stages[".manifest.json"].write_text(json.dumps(merged(inputs, said), indent=1) + "\n")
+        done, documents = progress.line(), sum(one.num_documents for one in inputs)
+    _LOG.info("%s documents of %s inputs, %s -> %s.bin", f"{documents:,}", f"{len(inputs):,}", done, prefix)
+
+
+def _refuse_existing(prefix: Path, ends: Sequence[str], force: bool) -> None:
+    from megapatch.models.indexed_data import partial_path
+
+    for path in (Path(f"{prefix}{name}") for name in _names(ends)):
+        if path.exists() and not force:
+            raise UserError(f"{path}: exists already; choose another --output-prefix, or replace it with --force")
+    if (partial := partial_path(prefix)).exists():
+        raise UserError(
+            f"{partial}: a run of mp-preprocess writes {prefix}, or was interrupted; finish or remove it first"
+        )
+
+
+def _names(ends: Sequence[str]) -> list[str]:
+    """What follows PREFIX in the names of all files: those by which data are found come first, to be renamed last."""
+    return [*(f"{end}.idx" for end in ends), ".manifest.json", *(f"{end}.bin" for end in ends)]
+
+
+def _planned(prefix: Path, inputs: "Sequence[Input]") -> dict[str, Any]:
+    def counts(some: "Sequence[Input]") -> dict[str, Any]:
+        names = ("documents", "tokens", "bytes")
+        return {name: sum(getattr(one, f"num_{name}") for one in some) for name in names}
+
+    told = {"output_prefix": str(prefix), "format": inputs[0].form}
+    told["dtype"] = next(iter(inputs[0].pairs.values())).dtype.name
+    return told | counts(inputs) | {"inputs": [{"prefix": one.prefix, **counts([one])} for one in inputs]}
+
+
+def _write(
+    inputs: "Sequence[Input]", end: str, stages: Mapping[str, Path], tell: Callable[[int], Any], digests: bool
+) -> dict[str, Any]:
+    """Write one pair; what the manifest says of it."""
+    from megapatch.models.commit import digest
+    from megapatch.models.data_formats import pair_said
+    from megapatch.models.indexed_data import bin_path, idx_path, join_indexes
+    from megapatch.tools.preprocess.append import Appender
+
+    binary, index = stages[f"{end}.bin"], stages[f"{end}.idx"]
+    with Appender(binary, tell, digests=digests) as target:
+        for one in inputs:
+            prefix, pair = f"{one.prefix}{end}", one.pairs[end]
+            found = target.add(bin_path(prefix), pair.num_tokens * pair.dtype.itemsize)
+            said = pair_said(one.manifest, end).get("xxh3_128") or {}
+            if digests:
+                _compare(bin_path(prefix), found, said.get("bin", found))
+                _compare(idx_path(prefix), digest(idx_path(prefix)) if "idx" in said else None, said.get("idx"))
+    join_indexes(index, [one.pairs[end] for one in inputs])
+    about = {"dtype": inputs[0].pairs[end].dtype.name, "bin_bytes": binary.stat().st_size}
+    return about | ({"xxh3_128": {"bin": target.digest, "idx": digest(index)}} if digests else {})
+
+
+def _compare(path: Path, found: str | None, expected: str | None) -> None:
+    if found != expected:
+        raise UserError(
+            f"{path}: xxh3-128 {found} found, {expected} expected by its manifest; it was changed or is damaged"
+        )
+
+
+@contextmanager
+def staged(prefix: Path, ends: Sequence[str]) -> Iterator[dict[str, Path]]:
+    """Paths to write, by what follows PREFIX; all appear under their names, each .idx after what it needs, or none.
+
+    Old indices go first: one never stands beside a new .bin.
+    """
+    from megapatch.models.commit import staged_file
+
+    targets = {name: Path(f"{prefix}{name}") for name in _names(ends)}
+    began = False
+    try:
+        with ExitStack() as stack:
+            yield {name: stack.enter_context(staged_file(target)) for name, target in targets.items()}
+            began = True
+            for end in ends:
+                targets[f"{end}.idx"].unlink(missing_ok=True)
+    except BaseException:
+        if began:  # interrupted between the renames
+            for target in targets.values():
+                target.unlink(missing_ok=True)
+        raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run mp-merge-data; the exit status."""
+    return run(Options, merge, prog="mp-merge-data", epilog=EXAMPLES, argv=argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
