@@ -1,7 +1,7 @@
 """The job of mp-preprocess: documents to ids, and those that are kept to the outputs of their keys and shares."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 
 from megapatch.tools.preprocess import selection
 from megapatch.tools.preprocess.bad_lines import BadLines
+from megapatch.tools.preprocess.contamination import Contamination, Hit, Spoiled, read_evaluation
 from megapatch.tools.preprocess.corpus_manifest import identity, manifests
 from megapatch.tools.preprocess.corpus_options import Options, arguments_path, prefixes, taker
 from megapatch.tools.preprocess.encoder import Encoded, Encoder
@@ -38,21 +39,23 @@ class Report:
     share: np.ndarray
     sources: list[str]
     source: np.ndarray
+    hits: list[Hit]
 
 
 class Corpus:
     """A Job: every document is one sequence of each key's output, of the share that its hash chooses."""
 
-    def __init__(
-        self, options: Options, encoder: Encoder, spoils: Callable[[Sequence[str]], np.ndarray] | None
-    ) -> None:
-        self.options, self.encoder, self._spoils = options, encoder, spoils
+    def __init__(self, options: Options, encoder: Encoder) -> None:
+        self.options, self.encoder = options, encoder
         self._take = taker(options, encoder)
         self.outputs = [Output(prefix, encoder.dtype) for prefix in prefixes(options)]
         self.ledger = Ledger(options.on_bad_line, by_key=bool(options.source_key))
         self.watch = encoder.watch()
         self._bad_lines = BadLines(options.quarantine)
         self.also = [arguments_path(options), *self._bad_lines.paths]
+        evaluation = read_evaluation(options.contamination)
+        self._find = Contamination(evaluation, options.contamination_ngram) if evaluation else None
+        self._spoiled = Spoiled(list(evaluation)) if evaluation else None
         self._num_shares = len(selection.shares(options.split))
 
     def identity(self) -> dict[str, Any]:
@@ -73,16 +76,23 @@ class Corpus:
         encoded = [self.encoder(one, first=chunk.number == 0) for one in texts]
         lengths = np.stack([one.lengths for one in encoded])
         fate = selection.filtered(lengths, options.min_document_tokens, options.max_document_tokens)
-        if self._spoils is not None:
-            for one in texts:
-                fate[(fate == selection.KEPT) & self._spoils(one)] = selection.CONTAMINATED
+        hits = self._hits(texts, fate)
+        if options.on_contamination == "drop":
+            fate[[hit.text for hit in hits]] = selection.CONTAMINATED
         hashed = options.deduplicate or self._num_shares > 1
         hashes = selection.hashes(texts) if hashed else np.zeros((0, 2), np.uint64)
         share = selection.share_of(hashes, len(names), options.split, options.split_seed)
         number = {name: i for i, name in enumerate(dict.fromkeys(names))}
         source = np.fromiter((number[name] for name in names), np.int32, len(names))
         engine = _together([one.report for one in encoded])
-        return Report(tallies, engine, lengths, fate, hashes, share, list(number), source), encoded
+        return Report(tallies, engine, lengths, fate, hashes, share, list(number), source, hits), encoded
+
+    def _hits(self, texts: Sequence[Sequence[str]], fate: np.ndarray) -> list[Hit]:
+        """Kept documents, by their place, that share words with evaluation files: one Hit for each such file."""
+        if self._find is None:
+            return []
+        found = {(hit.text, hit.file): hit for one in texts for hit in self._find(one)}
+        return [hit for (text, _), hit in sorted(found.items()) if fate[text] == selection.KEPT]
 
     def obey(self, order: Any) -> None:
         """Change the engine."""
@@ -93,6 +103,8 @@ class Corpus:
         order = self.watch.absorb(report.engine)
         if order is not None:
             return Redo(order)
+        if self._spoiled is not None:
+            self._spoiled.absorb(report.hits)
         places = [place for tally in report.tallies for place in self.ledger.read(tally)]
         notes = self._bad_lines.notes(report.tallies, places)
         fate = report.fate
@@ -132,8 +144,8 @@ class Corpus:
         return [self.encoder.framed(one, verdict == share) for one in encoded for share in range(self._num_shares)]
 
     def state(self) -> dict[str, Any]:
-        """What the engine's watch has counted."""
-        return {"watch": asdict(self.watch)}
+        """What was counted of engines and evaluation files."""
+        return {"watch": asdict(self.watch), "spoiled": self._spoiled and asdict(self._spoiled)}
 
     def restore(self, state: Mapping[str, Any] | None, folder: Path) -> None:
         """Remember the hashes in the folder, and go on with the engine that was in use."""
@@ -141,6 +153,7 @@ class Corpus:
             self._seen = Seen(folder / SEEN)
         if state is not None:
             self.watch = Watch.of(state["watch"])
+            self._spoiled = Spoiled(**state["spoiled"]) if state["spoiled"] else None
             if (order := self.watch.order()) is not None:
                 self.encoder.obey(order)
 
@@ -152,7 +165,7 @@ class Corpus:
         self, written: Sequence[Written], inputs: Sequence[Mapping[str, Any]], folder: Path
     ) -> Mapping[Path, bytes | Path]:
         """Manifests, arguments for the trainer, and the bad lines if they were put aside."""
-        made = manifests(self.options, self.encoder, self.ledger, self.watch, written, inputs)
+        made = manifests(self.options, self.encoder, self.ledger, self.watch, self._spoiled, written, inputs)
         return {**made, **self._bad_lines.files(folder)}
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megapatch.models.cli import versions
+from megapatch.models.commit import digest
 from megapatch.models.indexed_data import manifest_path
+from megapatch.tools.preprocess.contamination import Spoiled
 from megapatch.tools.preprocess.corpus_options import Options, arguments_path, prefixes
 from megapatch.tools.preprocess.encoder import Encoder
 from megapatch.tools.preprocess.job import Written
@@ -26,7 +28,7 @@ _FLAGS = {"": "--data-path", "train": "--data-path", "valid": "--valid-data-path
 def told(options: Options) -> dict[str, Any]:
     """The options that decide the bytes, as JSON values."""
     values = {one.name: getattr(options, one.name) for one in fields(options) if one.name not in _NO_MATTER}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return json.loads(json.dumps(values, default=str))  # paths
 
 
 def identity(options: Options, encoder: Encoder) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def identity(options: Options, encoder: Encoder) -> dict[str, Any]:
         "tokenizer": encoder.reference.tokenizer.digest,
         "engine": [watch.engine, watch.version, watch.reference],
         **told(options),
+        "contamination": [digest(path) for path in options.contamination],
     }
 
 
@@ -45,6 +48,7 @@ def manifests(
     encoder: Encoder,
     ledger: Ledger,
     watch: Watch,
+    spoiled: Spoiled | None,
     written: Sequence[Written],
     inputs: Sequence[Mapping[str, Any]],
 ) -> dict[Path, bytes]:
@@ -64,6 +68,7 @@ def manifests(
         "options": told(options) | {"on_bad_line": options.on_bad_line},
         "engine": watch.verdict(),
         "special_in_text": watch.special,
+        "contamination": spoiled and {"documents": spoiled.documents, "examples": spoiled.examples},
         "counts": ledger.counts(),
         "sources": ledger.sources,
         "inputs": list(inputs),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megapatch.models.cli import opt
+from megapatch.tools.preprocess.contamination import ContaminationOptions
 from megapatch.tools.preprocess.encoder import EncodeOptions, Encoder
 from megapatch.tools.preprocess.pipeline import RunOptions
 from megapatch.tools.preprocess.records import BadRecord, text_of
@@ -17,7 +18,7 @@ _MAX_NAME = 200  # characters of a source's name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SelectOptions, EncodeOptions, RunOptions, InputOptions):
+class Options(SelectOptions, ContaminationOptions, EncodeOptions, RunOptions, InputOptions):
     """Encode text with a tokenizer into PREFIX.bin and PREFIX.idx, as megatron-core's own builder would, byte for byte.
 
     PREFIX.manifest.json says which tokenizer, options and inputs made them; `mp-pretrain @PREFIX.args ...` reads them.

@@ -25,7 +25,7 @@ def preprocess(options: Options) -> None:
     sources = find_sources(options)
     with quiet_engine():
         encoder = Encoder(Tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code), options)
-        job = Corpus(options, encoder, None)
+        job = Corpus(options, encoder)
         run_job(job, sources, options)
     if options.json:
         found = [json.loads(manifest_path(output.prefix).read_bytes()) for output in job.outputs]
