@@ -18,8 +18,8 @@ EXAMPLES = """examples:
   mp-merge-data --input shards/data_0 shards/data_1 shards/data_2 --output-prefix data/train
   mp-merge-data --input day1 day2 --output-prefix days --dry-run | jq .tokens
 
-Documents come in the order of --input: the shards of `mp-preprocess --shards N --shard I`, given from 0 to N-1, are the
-whole run's documents. Chats are merged with their masks, preference data pair by pair.
+Documents come in the order of --input: what --shards N --shard I of preprocessing made, from 0 to N-1, becomes what one
+run would have made, byte for byte. Chats are merged with their masks, preference data pair by pair.
 --dry-run prints an object: output_prefix, format, dtype, documents, tokens, bytes, inputs."""
 
 
