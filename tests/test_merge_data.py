@@ -18,6 +18,7 @@ from megapatch.models.indexed_data import (
     idx_path,
     manifest_path,
     partial_path,
+    read_index,
     read_manifest,
     write_index,
 )
@@ -101,7 +102,7 @@ def shards(tmp_path: Path) -> list[Path]:
     found = []
     for i, documents in enumerate(PARTS):
         prefix = write_pair(tmp_path / f"shard{i}", documents)
-        counts = {"lines": 5 + i, "documents": len(documents), "bad": 5 + i - len(documents)}
+        counts = {"lines": 5 + i, "documents": len(documents), "bad": 5 + i - len(documents), "share": 0.5}
         write_manifest(
             prefix,
             tok,
@@ -112,6 +113,7 @@ def shards(tmp_path: Path) -> list[Path]:
             sources={"a.jsonl": {"lines": 5}} | ({"b.jsonl": {"lines": 1}} if i else {}),
             inputs=[{"path": "a.jsonl", "bytes": 7}],
             template="same in all",
+            truncation={"records": i, "examples": [i]},
         )
         found.append(prefix)
     return found
@@ -125,6 +127,7 @@ def test_manifests_are_added_up(tmp_path: Path, shards: list[Path]) -> None:
     assert said["tokenizer"] == first["tokenizer"] and said["options"] == {"eod": "yes"}
     assert said["counts"] == {"lines": 11, "documents": 3, "bad": 8, "filtered_by_reason": {"too_short": 1}}
     assert said["sources"] == {"a.jsonl": {"lines": 10}, "b.jsonl": {"lines": 1}}
+    assert said["truncation"] == {"records": 1, "examples": [0, 1]}
     assert said["inputs"] == [{"path": "a.jsonl", "bytes": 7}] * 2
     assert said["engine"] == [{"engine": "gigatoken", "differed": i} for i in (0, 1)]
     assert [(one["prefix"], one["documents"], one["engine"]["differed"]) for one in said["merged"]] == [
@@ -216,7 +219,7 @@ def moved_end(prefix: Path) -> None:
 REFUSED = {  # what is done to the second: part of the message
     "another tokenizer": (retold(tokenizer={"digest": "e" * 32}), "tokenizer digest " + "e" * 32 + ", but "),
     "another end": (retold(tokenizer={"eod_id": None}), "tokenizer eod_id None, but "),
-    "another format": (retold(format="chat"), "shard1_mask.idx: no such file"),
+    "another format": (retold(format="chat"), "shard1: format chat, but "),
     "another dtype": (to_int32, "shard1: int32, but "),
     "a flipped bit": (flip(bin_path, 0, b"\0"), "shard1.bin: xxh3-128 "),
     "another cut": (moved_end, "shard1.idx: xxh3-128 "),
@@ -243,10 +246,30 @@ def test_another_format_is_refused_by_name(
     other = chat(tmp_path / "chat", tmp_path / "tok", PARTS[0])
     assert merge([shards[0], other], tmp_path / "all") == 1
     assert f"{other}: format chat, but {shards[0]} has corpus" in capsys.readouterr().err
-    weighted = chat(tmp_path / "weighted", tmp_path / "tok", PARTS[0], weight=True)
-    for pair in ([other, weighted], [weighted, other]):
-        assert merge(pair, tmp_path / "all") == 1
-        assert f"{other}_weight.idx: no such file, but {weighted}_weight is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_without_weights_a_token_counts_as_its_mask_says(tmp_path: Path, shards: list[Path], order: int) -> None:
+    tok = tmp_path / "tok"
+    plain, weighted = chat(tmp_path / "plain", tok, PARTS[0]), chat(tmp_path / "weighted", tok, PARTS[1], weight=True)
+    write_pair(Path(f"{plain}_mask"), [[0, 1, 1, 1], [1, 0, 0, 1]], np.uint8)
+    retold(pairs={"_mask": about(Path(f"{plain}_mask"))})(plain)
+    assert merge([plain, weighted][::order], tmp_path / "all") == 0
+    parts = [[[0, 1, 1, 1], [1, 0, 0, 1]], [[1] * 6]]
+    expected = [weights for part in parts[::order] for weights in part]
+    assert [weights.tolist() for weights in IndexedDocuments(tmp_path / "all_weight")] == expected
+    assert read_index(tmp_path / "all_weight").dtype == np.float32
+    assert inspect([str(tmp_path / "all"), "--verify"]) == 0
+    assert merge([plain], tmp_path / "all", "--force") == 0
+    assert not idx_path(tmp_path / "all_weight").exists() and not bin_path(tmp_path / "all_weight").exists()
+
+
+def test_without_answers_they_are_empty(tmp_path: Path, shards: list[Path]) -> None:
+    write_pair(tmp_path / "shard0_answer", [[52], [50, 51]], np.uint8)
+    for prefix in shards:
+        retold(format="prompts")(prefix)
+    assert merge(shards, tmp_path / "all") == 0
+    assert [bytes(ids.tolist()) for ids in IndexedDocuments(tmp_path / "all_answer")] == [b"4", b"23", b""]
 
 
 def test_what_exists_is_replaced_only_by_force(

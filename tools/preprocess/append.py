@@ -7,11 +7,12 @@ copies only where no digest is asked for: file systems that share blocks, or ser
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from megapatch.models.cli import UserError
@@ -46,21 +47,31 @@ class Appender:
         with path.open("rb", buffering=0) as source:
             done = 0 if self._whole else self._by_kernel(source.fileno(), num_bytes)
             state = xxhash.xxh3_128() if self._whole else None
-            while done < num_bytes:
-                with naming(path):
-                    got = os.preadv(source.fileno(), [self._buffer[: num_bytes - done]], done)
-                if not got:
-                    raise UserError(f"{path}: ended at byte {done:,} of {num_bytes:,}; it changed: merge it again")
-                data = self._buffer[:got]
-                if state and self._whole:
+            for data in self._blocks(source.fileno(), path, done, num_bytes):
+                if state:
                     state.update(data)
-                    self._whole.update(data)
                 self._write(data)
-                done += got
         return state and state.hexdigest()
+
+    def add_as(self, path: Path, num_bytes: int, dtype: np.dtype) -> None:
+        """Append the file's bytes, each as a number of ``dtype``."""
+        with path.open("rb", buffering=0) as source:
+            for data in self._blocks(source.fileno(), path, 0, num_bytes):
+                self._write(np.frombuffer(data, np.uint8).astype(dtype).view(np.uint8).data)
+
+    def _blocks(self, source: int, path: Path, done: int, num_bytes: int) -> Iterator[memoryview]:
+        while done < num_bytes:
+            with naming(path):
+                got = os.preadv(source, [self._buffer[: num_bytes - done]], done)
+            if not got:
+                raise UserError(f"{path}: ended at byte {done:,} of {num_bytes:,}; it changed: merge it again")
+            yield self._buffer[:got]
+            done += got
 
     def _write(self, data: memoryview) -> None:
         self._tell(len(data))
+        if self._whole:
+            self._whole.update(data)
         with naming(self.target):
             while data:
                 data = data[os.write(self._file.fileno(), data) :]

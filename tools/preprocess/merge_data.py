@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megapatch.models.cli import Common, UserError, opt, run
 
 if TYPE_CHECKING:
+    from megapatch.tools.preprocess.append import Appender
     from megapatch.tools.preprocess.merge_plan import Input
 
 _LOG = logging.getLogger(__name__)
@@ -46,18 +47,19 @@ class Options(Common):
 
 def merge(options: Options) -> None:
     """Write the pairs and their manifest, or nothing."""
+    from megapatch.models.data_formats import PAIRS
     from megapatch.tools.preprocess.merge_plan import merged, read_inputs
     from megapatch.tools.preprocess.progress import Progress
 
     inputs, prefix = read_inputs(options.input), options.output_prefix
-    ends = list(inputs[0].pairs)
-    _refuse_existing(prefix, ends, options.force)
+    ends, without = list(inputs[0].pairs), [end for end in PAIRS[inputs[0].form] if end not in inputs[0].pairs]
+    _refuse_existing(prefix, [*ends, *without], options.force)
     if unnamed := [one.prefix for one in inputs if not one.tokenizer]:
         _LOG.warning("%s: no tokenizer is named; that of %s will not be known", " ".join(unnamed), prefix)
     if options.dry_run:
         print(json.dumps(_planned(prefix, inputs)))
         return
-    with Progress(sum(one.num_bytes for one in inputs)) as progress, staged(prefix, ends) as stages:
+    with Progress(sum(one.num_bytes for one in inputs)) as progress, staged(prefix, ends, without) as stages:
         said = {end: _write(inputs, end, stages, progress.add, not options.skip_digests) for end in ends}
         stages[".manifest.json"].write_text(json.dumps(merged(inputs, said), indent=1) + "\n")
         done, documents = progress.line(), sum(one.num_documents for one in inputs)
@@ -103,6 +105,9 @@ def _write(
     binary, index = stages[f"{end}.bin"], stages[f"{end}.idx"]
     with Appender(binary, tell, digests=digests) as target:
         for one in inputs:
+            if end in one.implied:
+                _imply(target, one, end)
+                continue
             prefix, pair = f"{one.prefix}{end}", one.pairs[end]
             found = target.add(bin_path(prefix), pair.num_tokens * pair.dtype.itemsize)
             said = pair_said(one.manifest, end).get("xxh3_128") or {}
@@ -114,6 +119,14 @@ def _write(
     return about | ({"xxh3_128": {"bin": target.digest, "idx": digest(index)}} if digests else {})
 
 
+def _imply(target: "Appender", one: "Input", end: str) -> None:
+    """Write what a pair that is not there would hold: weights are as the mask; answers have nothing."""
+    from megapatch.models.indexed_data import bin_path
+
+    if pair := one.pairs[end] if end == "_weight" else None:
+        target.add_as(bin_path(f"{one.prefix}_mask"), pair.num_tokens, pair.dtype)
+
+
 def _compare(path: Path, found: str | None, expected: str | None) -> None:
     if found != expected:
         raise UserError(
@@ -122,10 +135,10 @@ def _compare(path: Path, found: str | None, expected: str | None) -> None:
 
 
 @contextmanager
-def staged(prefix: Path, ends: Sequence[str]) -> Iterator[dict[str, Path]]:
+def staged(prefix: Path, ends: Sequence[str], without: Sequence[str]) -> Iterator[dict[str, Path]]:
     """Paths to write, by what follows PREFIX; all appear under their names, each .idx after what it needs, or none.
 
-    Old indices go first: one never stands beside a new .bin.
+    Old indices go first: one never stands beside a new .bin; so do old pairs that the new data are ``without``.
     """
     from megapatch.models.commit import staged_file
 
@@ -135,8 +148,8 @@ def staged(prefix: Path, ends: Sequence[str]) -> Iterator[dict[str, Path]]:
         with ExitStack() as stack:
             yield {name: stack.enter_context(staged_file(target)) for name, target in targets.items()}
             began = True
-            for end in ends:
-                targets[f"{end}.idx"].unlink(missing_ok=True)
+            for name in [*(f"{end}.idx" for end in [*ends, *without]), *(f"{end}.bin" for end in without)]:
+                Path(f"{prefix}{name}").unlink(missing_ok=True)
     except BaseException:
         if began:  # interrupted between the renames
             for target in targets.values():

@@ -1,22 +1,25 @@
 """What is merged, whether it may be, and what the manifest of the whole says."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from megapatch.models.cli import UserError, versions
-from megapatch.models.data_formats import SIDES, format_of, pairs_of
-from megapatch.models.indexed_data import Index, idx_path, manifest_path, read_index, read_manifest
+from megapatch.models.data_formats import PAIRS, SIDES, format_of, pairs_of
+from megapatch.models.indexed_data import Index, manifest_path, read_index, read_manifest
 
 
 @dataclass(frozen=True)
 class Input:
-    """One prefix with its pairs, by what follows it in their names."""
+    """One prefix with its pairs, by what follows it in their names; ``implied``: those that are not on the disk."""
 
     prefix: str
     manifest: dict[str, Any] | None
     form: str
     pairs: dict[str, Index]
+    implied: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> dict[str, Any]:
@@ -46,28 +49,40 @@ def read_inputs(prefixes: Sequence[str]) -> list[Input]:
     for prefix in prefixes:
         manifest = read_manifest(prefix)
         form = format_of(prefix, manifest)
-        one = Input(prefix, manifest, form, {end: read_index(f"{prefix}{end}") for end in pairs_of(prefix, form)})
-        for first in found[:1]:
-            refuse_unlike(first, one)
-        found.append(one)
+        if found and found[0].form != form:
+            first = found[0]
+            raise UserError(f"{prefix}: format {form}, but {first.prefix} has {first.form}; merge those of one format")
+        found.append(
+            Input(prefix, manifest, form, {end: read_index(f"{prefix}{end}") for end in pairs_of(prefix, form)})
+        )
+    found = _completed(found)
+    for one in found[1:]:
+        refuse_unlike(found[0], one)
     _refuse_tokenizers([one for one in found if one.tokenizer])
     return found
 
 
+def _completed(inputs: Sequence[Input]) -> list[Input]:
+    """The inputs, each with all pairs that one of them has: without weights a token counts as its mask says, without
+    answers they are empty; so shards become what one run would have written."""
+    ends = [end for end in PAIRS[inputs[0].form] if any(end in one.pairs for one in inputs)]
+    found = []
+    for one in inputs:
+        implied = tuple(end for end in ends if end not in one.pairs)
+        pairs = {end: one.pairs[end] if end in one.pairs else _implied(one, end) for end in ends}
+        found.append(replace(one, pairs=pairs, implied=implied))
+    return found
+
+
+def _implied(one: Input, end: str) -> Index:
+    if end == "_weight":
+        return replace(one.pairs["_mask"], dtype=np.dtype(np.float32))
+    empty = np.broadcast_to(np.int32(0), one.pairs[""].num_sequences)
+    return replace(one.pairs[""], dtype=np.dtype(np.uint8), lengths=empty, num_tokens=0)
+
+
 def refuse_unlike(first: Input, one: Input) -> None:
     """Refuse a pair that cannot follow the first in one file."""
-    if first.form != one.form:
-        raise UserError(
-            f"{one.prefix}: format {one.form}, but {first.prefix} has {first.form}; merge those of one format"
-        )
-    if missing := [end for end in first.pairs if end not in one.pairs]:
-        raise UserError(
-            f"{idx_path(f'{one.prefix}{missing[0]}')}: no such file, but {first.prefix}{missing[0]} is there"
-        )
-    if missing := [end for end in one.pairs if end not in first.pairs]:
-        raise UserError(
-            f"{idx_path(f'{first.prefix}{missing[0]}')}: no such file, but {one.prefix}{missing[0]} is there"
-        )
     for end, index in one.pairs.items():
         other = first.pairs[end]
         names = f"{one.prefix}{end}", f"{first.prefix}{end}"
@@ -99,11 +114,12 @@ def merged(inputs: Sequence[Input], pairs: Mapping[str, Mapping[str, Any]]) -> d
     if all(one.tokenizer for one in inputs):
         said["tokenizer"] = manifests[0]["tokenizer"]
     said["options"] = _common([manifest.get("options") or {} for manifest in manifests])
-    for name in ("engine", "special_in_text"):
-        if verdicts := _different([manifest[name] for manifest in manifests if name in manifest]):
-            said[name] = verdicts[0] if len(verdicts) == 1 else verdicts
-    said["counts"] = _counts([_counted(one) for one in inputs])
-    said["sources"] = _counts([manifest.get("sources") or {} for manifest in manifests])
+    if verdicts := _different([manifest["engine"] for manifest in manifests if "engine" in manifest]):
+        said["engine"] = verdicts[0] if len(verdicts) == 1 else verdicts
+    said["counts"] = _added([_counted(one) for one in inputs])
+    for name in ("sources", "special_in_text", "truncation"):
+        if any(name in manifest for manifest in manifests):
+            said[name] = _added([manifest.get(name) or {} for manifest in manifests])
     said["inputs"] = [entry for manifest in manifests for entry in manifest.get("inputs") or ()]
     said["merged"] = [_told(one) for one in inputs]
     said |= {"documents": sum(one.num_documents for one in inputs), "tokens": sum(one.num_tokens for one in inputs)}
@@ -136,16 +152,16 @@ def _different(values: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _counts(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Numbers of the same name added up, also inside objects; other values of the first that has them."""
+def _added(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Whole numbers of the same name added up, also inside objects, and lists joined; shares are left out."""
     total: dict[str, Any] = {}
     for one in counts:
         for name, value in one.items():
             before = total.get(name)
             if isinstance(value, Mapping):
-                total[name] = _counts([before if isinstance(before, Mapping) else {}, value])
-            elif isinstance(value, int | float) and isinstance(before, int | float):
-                total[name] = before + value
-            else:
-                total.setdefault(name, value)
+                total[name] = _added([before or {}, value])
+            elif isinstance(value, list):
+                total[name] = [*(before or []), *value]
+            elif isinstance(value, int):
+                total[name] = (before or 0) + value
     return total
