@@ -5,14 +5,14 @@ engines agree on the characters that the older of their tables has. All others g
 """
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 
 _END = 0x110000
 _PRIVATE = 0xF0000  # planes 15 and 16 are for private use, now and ever
-_GROUP_CHARACTERS = 1 << 16  # looked up at a time, so that what is made on the way stays in the cache
+_ASCII = bytes(range(128))
 
 
 @cache
@@ -35,26 +35,9 @@ def risky(normalized: bool) -> np.ndarray:
 
 def outside(texts: Sequence[str], table: np.ndarray) -> list[int]:
     """The numbers of the texts that hold a character that ``table``, bool [0x110000], marks."""
-    wide = [number for number, text in enumerate(texts) if not text.isascii()]
-    found = []
-    for group in _groups(texts, wide):
-        if _any("".join([texts[number] for number in group]), table):
-            found += [number for number in group if _any(texts[number], table)]
-    return found
+    return [number for number, text in enumerate(texts) if not text.isascii() and _any(text, table)]
 
 
 def _any(text: str, table: np.ndarray) -> bool:
-    return bool(table.take(np.frombuffer(text.encode("utf-32-le"), np.uint32)).any())
-
-
-def _groups(texts: Sequence[str], numbers: Sequence[int]) -> Iterator[list[int]]:
-    group: list[int] = []
-    characters = 0
-    for number in numbers:
-        group.append(number)
-        characters += len(texts[number])
-        if characters >= _GROUP_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
+    others = text.encode().translate(None, _ASCII).decode()  # looking up characters costs more than leaving most out
+    return bool(table.take(np.frombuffer(others.encode("utf-32-le"), np.uint32)).any())

@@ -16,7 +16,8 @@ from megapatch.tools.preprocess.engine import Engine, Reference, choose, differe
 from megapatch.tools.preprocess.special import Special
 from megapatch.tools.preprocess.watch import REFERENCE, Report, Watch
 
-_ONE_IN = 1000  # texts compared with the reference, chosen by their hash
+_ONE_IN = 1000  # texts compared with the reference, chosen by the hash of their beginning
+_HASHED = 4096  # characters of it
 _FIRST_TEXTS, _FIRST_CHARACTERS = 200, 1 << 20  # of the run, all compared
 
 
@@ -118,4 +119,4 @@ def _first(texts: Sequence[str]) -> set[int]:
 
 def _chosen(texts: Sequence[str]) -> set[int]:
     digest = xxhash.xxh3_64_intdigest
-    return {number for number, text in enumerate(texts) if digest(text.encode()) % _ONE_IN == 0}
+    return {number for number, text in enumerate(texts) if digest(text[:_HASHED].encode()) % _ONE_IN == 0}
