@@ -125,3 +125,16 @@ def one_by_one(lengths: np.ndarray, seq_length: int, *, multiple: int = 1, seed:
     if seed is not None:
         order = np.random.default_rng(seed).permutation(order)
     return Plan(seq_length, multiple, seed or 0, np.arange(len(order) + 1), order)
+
+
+def share_of_rank(cu_seqlens: np.ndarray, rank: int, size: int) -> np.ndarray:
+    """Places of a row that a rank of context parallelism holds, int64 [s/size]: two of 2 x size pieces of each segment.
+
+    Rank r takes pieces r and 2 x size - 1 - r, as megatron-core does, so that all ranks have as much to attend to.
+    """
+    bounds = cu_seqlens.astype(np.int64)
+    assert not (bounds % (2 * size)).any(), f"segments are padded to multiples of {2 * size} tokens: see Plan.multiple"
+    piece = np.diff(bounds) // (2 * size)
+    starts = np.stack([bounds[:-1] + rank * piece, bounds[:-1] + (2 * size - 1 - rank) * piece], 1).ravel()
+    sizes = np.repeat(piece, 2)
+    return np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())

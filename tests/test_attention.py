@@ -135,6 +135,61 @@ def test_flash_attn_is_called_as_its_interface_says_and_only_in_half_precision()
     torch.testing.assert_close(found.double(), written_out(*inputs()), rtol=0, atol=3e-2)  # bf16 has 8 bits
 
 
+def as_flash_attn_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """flash-attn's interface for packed sequences [s, n, d], by other means."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert max_seqlen_q == max_seqlen_k == max(cu_seqlens_q.diff())
+    words: Any = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": causal, "window_size": window_size}
+    parts = itertools.pairwise(cu_seqlens_q.tolist())
+    return torch.cat([as_flash_attn(q[None, a:b], k[None, a:b], v[None, a:b], **words)[0] for a, b in parts])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_sequences_go_through_one_flash_attn_kernel_where_it_is(window: int | None) -> None:
+    q, k, v = (x[:, 0] for x in inputs())
+    bounds = torch.tensor([0, 5, 6, S], dtype=torch.int32)
+    packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=6, max_seqlen_kv=6)
+    made = module(window_size=window and (window - 1, 0))
+    alone = made(q, k, v, packed_seq_params=packed)
+    made.flash = as_flash_attn
+    with mock.patch.object(attention, "flash_packed_function", lambda: as_flash_attn_packed):
+        torch.testing.assert_close(made(q, k, v, packed_seq_params=packed), alone, rtol=0, atol=1e-12)
+
+
+def test_bounds_with_padding_are_taken_where_both_are_given() -> None:
+    q, k, v = (x[:, 0] for x in inputs())
+    real, padded = torch.tensor([0, 5, 9]), torch.tensor([0, 6, S])
+    both = PackedSeqParams("thd", real, real, padded, padded)
+    one = PackedSeqParams("thd", padded, padded)
+    assert torch.equal(module()(q, k, v, packed_seq_params=both), module()(q, k, v, packed_seq_params=one))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_gpu_computes_packed_sequences_as_the_cpu(window: int | None) -> None:
+    made = module(torch.bfloat16, window_size=window and (window - 1, 0))
+    q, k, v = (x[:, 0].to("cuda", torch.bfloat16) for x in inputs())
+    bounds = torch.tensor([0, 5, 6, S], dtype=torch.int32, device="cuda")
+    packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=6, max_seqlen_kv=6)
+    found = made(q, k, v, packed_seq_params=packed).double().cpu()
+    parts = itertools.pairwise(bounds.tolist())
+    alone = [written_out(*(x[a:b, :1] for x in inputs()), window=window)[:, 0] for a, b in parts]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=3e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 5])
 def test_a_gpu_computes_what_the_cpu_computes(window: int | None) -> None:

@@ -17,7 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megapatch.models.layers.attention import SdpaAttention
+from megapatch.models.layers.attention import SdpaAttention, bounds_of
 
 _EXTRA = 8  # further dimensions; kernels want multiples of eight
 _PARTS = 3  # of a bias in half precision: 3 x 8 bits are the 24 of fp32
@@ -79,13 +79,9 @@ class AlibiAttention(SdpaAttention):
 
     def _places(self, length: int, packed: PackedSeqParams | None) -> Tensor:
         """Where this process's keys are in their sequences, [s]."""
-        if packed is not None:
-            bounds = packed.cu_seqlens_q.tolist()
-            return torch.cat([torch.arange(b - a) for a, b in pairwise(bounds)])
-        if self.cp_group is None:
-            return torch.arange(length)
-        size, rank, half = self.cp_group.size(), self.cp_group.rank(), length // 2
-        return torch.cat([torch.arange(n * half, (n + 1) * half) for n in (rank, 2 * size - 1 - rank)])
+        rank, size = (0, 1) if self.cp_group is None else (self.cp_group.rank(), self.cp_group.size())
+        bounds = [0, length * size] if packed is None else bounds_of(packed).tolist()
+        return torch.cat([_places_of_rank(b - a, rank, size) for a, b in pairwise(bounds)])
 
 
 class FalconAlibiAttention(AlibiAttention):
@@ -97,6 +93,14 @@ class FalconAlibiAttention(AlibiAttention):
     def bias(self, places: Tensor) -> Tensor:
         """Places of keys [s] -> [s, n]."""
         return (self.slopes.to(places.device).bfloat16() * places[:, None].bfloat16()).float()
+
+
+def _places_of_rank(length: int, rank: int, size: int) -> Tensor:
+    """Of a sequence, the places that a rank of context parallelism holds: its pieces r and 2*cp-1-r, [length/cp]."""
+    if size == 1:
+        return torch.arange(length)
+    pieces = torch.arange(length).unflatten(0, (2 * size, -1))
+    return pieces[[rank, 2 * size - 1 - rank]].flatten()
 
 
 def _parts(bias: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,6 +35,18 @@ def flash_function() -> Callable[..., Tensor] | None:
     return flash_attn_func
 
 
+def flash_packed_function() -> Callable[..., Tensor]:
+    """flash-attn's kernel for packed sequences (q, k, v [s, n, d]); called only where ``flash_function`` is there."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+def bounds_of(packed: PackedSeqParams) -> Tensor:
+    """Where packed sequences begin and end in the row, each with the padding that follows it, int32 [n + 1]."""
+    return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+
+
 def window_of(config: TransformerConfig, layer_number: int) -> int | None:
     """How many keys a query of this layer sees, its own included; None: all that came before."""
     if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq or None, layer_number):
@@ -143,17 +155,57 @@ class SdpaAttention(MegatronModule):
         return out.permute(2, 0, 1, 3)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        """[s, n, d] -> [s, n*d]: each packed sequence attends to itself."""
-        assert self.cp_group is None, "packed sequences with context parallelism are not supported"
-        bounds = packed.cu_seqlens_q.tolist()
-        out = [self._causal(query[a:b, None], key[a:b, None], value[a:b, None])[:, 0] for a, b in pairwise(bounds)]
-        return torch.cat(out).flatten(1)
+        """[s, n, d] -> [s, n*d]: each packed sequence attends to itself; with --cp, s is this rank's share."""
+        if self.cp_group is None and self.flash is not None:
+            return self._flash_packed(query, key, value, packed)
+        bounds, (q, k, v) = bounds_of(packed).tolist(), (x[:, None] for x in (query, key, value))
+        if self.cp_group is not None:
+            return self._context_parallel(q, k, v, bounds)[:, 0]
+        out = [self._causal(q[a:b], k[a:b], v[a:b]) for a, b in pairwise(bounds) if a < b]
+        return torch.cat(out)[:, 0].flatten(1)
 
-    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """This rank's query pieces r and 2*cp-1-r against the keys of the whole sequence."""
+    def _flash_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        """[s, n, d] -> [s, n*d] by one kernel for all sequences."""
+        bounds, dropout = bounds_of(packed), self.dropout if self.training else 0.0
+        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+            out = flash_packed_function()(
+                query,
+                key,
+                value,
+                bounds,
+                bounds,
+                packed.max_seqlen_q,
+                packed.max_seqlen_kv,
+                dropout_p=dropout,
+                softmax_scale=self.scale,
+                causal=True,
+                window_size=(-1, -1) if self.window is None else (self.window - 1, 0),
+            )
+        return out.flatten(1)
+
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int] | None = None) -> Tensor:
+        """[s/cp, b, n, d] -> [s/cp, b, n*d]: this rank's two pieces of each sequence against all keys of the sequence.
+
+        ``bounds`` of the sequences in the whole row; None: one.
+        """
+        assert self.cp_group is not None
+        size = self.cp_group.size()
+        bounds = bounds or [0, query.shape[0] * size]
+        assert not any(place % (2 * size) for place in bounds), (
+            f"packed sequences are padded to multiples of {2 * size}"
+        )
+        key, value = (_AllGather.apply(x.contiguous(), self.cp_group) for x in (key, value))
+        out = [
+            self._two_pieces(query[a:b], _in_order(key[:, a:b]), _in_order(value[:, a:b]))
+            for a, b in pairwise(place // size for place in bounds)
+            if a < b
+        ]
+        return torch.cat(out).flatten(2)
+
+    def _two_pieces(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Query pieces r and 2*cp-1-r [s/cp, b, n, d] against the keys of their whole sequence [s, b, g, d]."""
         assert self.cp_group is not None
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        key, value = (_gather_sequence(x, self.cp_group) for x in (key, value))
         half = query.shape[0] // 2
         places = torch.arange(key.shape[0], device=query.device)
         out = []
@@ -162,26 +214,25 @@ class SdpaAttention(MegatronModule):
             first = 0 if self.window is None else max(0, start - self.window + 1)
             visible = visible_keys(places[start:end, None], places[first:end], self.window)
             out.append(self._attend(piece, key[first:end], value[first:end], visible, causal=False))
-        return torch.cat(out).flatten(2)
+        return torch.cat(out)
 
 
-def _gather_sequence(x: Tensor, group: Any) -> Tensor:
-    """[s/cp, ...] -> [s, ...]: rank r holds pieces r and 2*cp-1-r, the load-balanced order of megatron-core."""
-    size = group.size()
-    gathered = _AllGather.apply(x.contiguous(), group)  # [cp, 2, s/(2*cp), ...]
+def _in_order(x: Tensor) -> Tensor:
+    """[cp, s/cp, ...] -> [s, ...]: rank r holds pieces r and 2*cp-1-r, the load-balanced order of megatron-core."""
+    size, pieces = x.shape[0], x.unflatten(1, (2, -1))  # [cp, 2, s/(2*cp), ...]
     order = [(r, 0) if r < size else (2 * size - 1 - r, 1) for r in range(2 * size)]
-    return torch.cat([gathered[rank, which] for rank, which in order])
+    return torch.cat([pieces[rank, which] for rank, which in order])
 
 
 class _AllGather(torch.autograd.Function):
-    """[s, ...] -> [cp, 2, s/2, ...] of every rank; the gradient is summed over ranks and cut back."""
+    """[s, ...] -> [cp, s, ...] of every rank; the gradient is summed over ranks and cut back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group, ctx.shape = group, x.shape
         out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
         torch.distributed.all_gather_into_tensor(out, x, group=group)
-        return out.view(group.size(), 2, x.shape[0] // 2, *x.shape[1:])
+        return out.view(group.size(), *x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -26,7 +26,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 from torch import Tensor
 
 from megapatch.models.layers import spec
-from megapatch.models.layers.attention import SdpaAttention
+from megapatch.models.layers.attention import SdpaAttention, bounds_of
 from megapatch.models.layers.kv_cache import KeyValueCache
 from megapatch.models.layers.norm import RMSNorm
 
@@ -76,7 +76,7 @@ class LatentAttention(MLASelfAttention):
         bounds = None
         if packed_seq_params is not None:
             query, up, rotated = (x.squeeze(1) for x in (query, up, rotated))
-            bounds = packed_seq_params.cu_seqlens_q
+            bounds = bounds_of(packed_seq_params)
         part, value = up.split([self.config.qk_head_dim, self.config.v_head_dim], dim=-1)
         query, rotated = self._rotate(query, table, scale, bounds), self._rotate(rotated, table, scale, bounds)
         key = torch.cat([part, rotated.expand(*part.shape[:-1], -1)], dim=-1)

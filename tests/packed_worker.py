@@ -1,0 +1,74 @@
+"""Logits of packed rows over several processes against conversations alone in one; started under torchrun.
+
+    torchrun --nproc-per-node 2 tests/packed_worker.py PREFIX '[["llama", "CP2", {"cp": 2}], ...]' results.json
+
+The models are the Hugging Face folders beside PREFIX, by name.
+results.json, written by rank 0: {"llama CP2": largest difference}.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import packed_models
+import torch
+import torch.distributed as dist
+
+from megapatch.models import device, parallel
+
+MULTIPLE = 4  # 2 x CP; TP with sequence parallelism divides it
+
+
+def alone(name: str, prefix: Path) -> list[torch.Tensor]:
+    """The logits of each conversation, computed by each process for itself."""
+    options = parallel.Parallel()
+    parallel.start(options, device.start())
+    try:
+        made = packed_models.loaded(prefix.parent / name, options)
+        return [packed_models.forward(made, row, thd=False) for row in packed_models.singles(prefix)]
+    finally:
+        parallel_state().destroy_model_parallel()
+
+
+def parallel_state() -> Any:
+    """megatron-core's, imported after the device is there."""
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+def largest_difference(name: str, words: dict[str, Any], prefix: Path) -> float:
+    """Of this process's share of the packed rows, over all processes."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    expected, options = alone(name, prefix), parallel.Parallel(**words)
+    parallel.start(options, device.start())
+    try:
+        made, worst = packed_models.loaded(prefix.parent / name, options), torch.zeros(1)
+        for row in packed_models.rows(prefix, MULTIPLE):
+            places = packed_models.share(row, options)
+            here = packed_models.forward(made, row, thd=True, places=places)
+            here = gather_from_tensor_model_parallel_region(here)[:, : expected[0].shape[1]]
+            whole = torch.full((len(row.tokens), here.shape[1]), torch.nan)
+            whole[places] = here
+            for number, found in packed_models.cut(row, whole).items():
+                apart = (found - expected[number])[~found[:, 0].isnan()]  # of a short one, this rank may hold nothing
+                worst = torch.maximum(worst, apart.abs().max()) if apart.numel() else worst
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        return float(worst)
+    finally:
+        parallel_state().destroy_model_parallel()
+
+
+@torch.no_grad()
+def main(prefix: Path, cases: str, results: Path) -> None:
+    """Measure every case; an error on one process ends all."""
+    found = {f"{name} {layout}": largest_difference(name, words, prefix) for name, layout, words in json.loads(cases)}
+    if dist.get_rank() == 0:
+        results.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
