@@ -182,6 +182,16 @@ def generation_prompt(template: Template) -> str:
     return added.removeprefix(without) if added.startswith(without) else ""
 
 
+def untrained_end(template: Template, specials: Sequence[str]) -> str | None:
+    """The special token that the template writes just after what its tags mark in a turn; None where it marks all."""
+    try:
+        said = template.render([_ASK, _SAY])
+    except ChatError:
+        return None
+    rest = said.text[said.spans[-1][1] :].lstrip() if said.spans else ""
+    return next((token for token in specials if token and rest.startswith(token)), None)
+
+
 @cache
 def rewrites(template: Template) -> bool:
     """Whether the template writes an earlier turn of any of a few short conversations differently."""

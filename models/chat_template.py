@@ -22,7 +22,6 @@ from megapatch.models.cli import UserError
 
 LEAST_JINJA = (3, 1, 6)  # older ones have known ways out of the sandbox, and templates come with models of others
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # around what the model says; noncharacters, which no text holds
-_MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first or second
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -46,7 +45,7 @@ class Template:
     def __init__(self, text: str, variables: Mapping[str, Any], date: datetime.date | None = None) -> None:
         self.text = text
         self._template = _environment(date).from_string(text)
-        self._variables = dict(variables)
+        self._variables = {**self._template.globals, "documents": None, **variables}
         self.tagged = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text))
 
     def render(
@@ -54,13 +53,14 @@ class Template:
     ) -> Rendered:
         """The text of ``messages``; what the template refuses or cannot render is a ChatError."""
         try:
-            text = self._template.render(
-                messages=[_as_templates_expect(message) for message in messages],
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+            seen = {
                 **self._variables,
-            )
+                "messages": [_as_templates_expect(message) for message in messages],
+                "tools": tools,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            context = self._template.new_context(seen, shared=True)  # which need not copy the globals each time
+            text = "".join(self._template.root_render_func(context))
         except UserError:
             raise
         except Exception as error:  # a template is code of others on data of others: it may raise anything
@@ -89,15 +89,15 @@ def compile_template(
 
 def _unmarked(marked: str) -> Rendered:
     """The text without its marks, and where they were."""
-    parts = _MARKS.split(marked)
-    marks = _MARKS.findall(marked)
-    if marks != [_OPEN, _CLOSE] * (len(marks) // 2):
+    first, *others = marked.split(_OPEN)
+    parts, spans, at = [first], [], len(first)
+    for part in others:
+        said, _, rest = part.partition(_CLOSE)
+        spans.append((at, at + len(said)))
+        at += len(said) + len(rest)
+        parts += (said, rest)
+    if at != len(marked) - 2 * len(others) or _CLOSE in first or any(_CLOSE in part for part in parts[2::2]):
         raise ChatError("a message holds U+FDD0 or U+FDD1, which are no characters, or generation tags are nested")
-    spans, at = [], 0
-    for number, part in enumerate(parts):
-        if number % 2:
-            spans.append((at, at + len(part)))
-        at += len(part)
     return Rendered("".join(parts), spans)
 
 

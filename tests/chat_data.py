@@ -53,7 +53,8 @@ TOOLS = """\
 {%- if message.content %}{{- message.content }}{% endif %}
 {%- for call in message.tool_calls or [] %}
 {{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
-{{- (call.function.arguments if call.function.arguments is string else call.function.arguments | tojson) + '}\\n</tool_call>' }}
+{%- set said = call.function.arguments %}
+{{- (said if said is string else said | tojson) + '}\\n</tool_call>' }}
 {%- endfor %}
 {{- '<|im_end|>' }}
 {%- endgeneration %}
@@ -68,7 +69,9 @@ TOOLS = """\
 THINKING = """\
 {%- set ns = namespace(last=messages | length - 1) %}
 {%- for message in messages[::-1] %}
-{%- if message.role == 'user' and not ns.found %}{%- set ns.found = true %}{%- set ns.last = messages | length - 1 - loop.index0 %}{% endif %}
+{%- if message.role == 'user' and not ns.found %}
+{%- set ns.found = true %}{%- set ns.last = messages | length - 1 - loop.index0 %}
+{%- endif %}
 {%- endfor %}
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}
@@ -113,6 +116,7 @@ def make_tokenizer(folder: Path, template: str, *, normalizer: str | None = "NFC
     said = json.loads((folder / "tokenizer_config.json").read_text())
     said |= {"bos_token": "<|begin_of_text|>", "eos_token": "</s>"} | config
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    (folder / "special_tokens_map.json").unlink()
     (folder / "chat_template.jinja").write_text(template)
     return folder
 
@@ -126,7 +130,11 @@ def conversations(number: int, seed: int = 0) -> list[dict[str, Any]]:
 
     turns = [[("user", text(30)), ("assistant", text(40))] for _ in range(3 * number)]
     return [
-        {"messages": [{"role": r, "content": c} for turn in turns[3 * i : 3 * i + rng.randrange(1, 4)] for r, c in turn]}
+        {
+            "messages": [
+                {"role": r, "content": c} for turn in turns[3 * i : 3 * i + rng.randrange(1, 4)] for r, c in turn
+            ]
+        }
         for i in range(number)
     ]
 

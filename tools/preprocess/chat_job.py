@@ -34,7 +34,8 @@ class ChatJob:
         self.outputs = _outputs(options, worker.encoder.dtype)
         self.ledger = Ledger(options.on_bad_line)
         self.watch = worker.encoder.watch()
-        self.counts = {"sequences": 0, "trained_tokens": 0, "weighted": 0, "answers": 0, "masked_by_offsets": 0}
+        self.counts = {"sequences": 0, "trained_tokens": 0, "answers": 0, "masked_by_offsets": 0}
+        self._weighted = False
         self.truncation: dict[str, Any] = {"records": 0, "lost_tokens": 0, "examples": []}
         self.spelled: dict[str, int] = {}
         self._bad_lines = BadLines(options.quarantine)
@@ -102,7 +103,7 @@ class ChatJob:
         counts["trained_tokens"] += sum(
             int(one[kept[record]].sum()) for one, record in zip(report.trained, report.record, strict=True)
         )
-        counts["weighted"] += report.weighted
+        self._weighted |= report.weighted
         counts["answers"] += int((report.answers[kept] > 0).sum())
         counts["masked_by_offsets"] += report.by_offsets
         self.spelled = dict(Counter(self.spelled) + Counter(report.spelled))
@@ -139,6 +140,7 @@ class ChatJob:
             "counts": self.counts,
             "truncation": self.truncation,
             "spelled": self.spelled,
+            "weighted": self._weighted,
         }
 
     def restore(self, state: Mapping[str, Any] | None, folder: Path) -> None:
@@ -148,15 +150,31 @@ class ChatJob:
         if state is not None:
             self.watch = Watch.of(state["watch"])
             self.counts, self.truncation = dict(state["counts"]), dict(state["truncation"])
-            self.spelled = dict(state["spelled"])
+            self.spelled, self._weighted = dict(state["spelled"]), state["weighted"]
             if (order := self.watch.order()) is not None:
                 self.obey(order)
 
     def kept(self) -> Sequence[bool]:
         """Weights stay where one is neither 0 nor 1, answers where there is one."""
-        needed = {"_weight": self.counts["weighted"], "_answer": self.counts["answers"]}
+        needed = {"_weight": self._weighted, "_answer": self.counts["answers"]}
         prefix = str(self.options.output_prefix)
         return [bool(needed.get(str(one.prefix).removeprefix(prefix), True)) for one in self.outputs]
+
+    def summary(self) -> list[str]:
+        """What to say at the end."""
+        said = [f"{self.counts['sequences']:,} documents, {self.ledger.tokens:,} tokens"]
+        if self.options.format_of_output != "prompts":
+            said[0] += f", {self.trained_share:.1%} of them trained"
+        if self.truncation["records"]:
+            most, how = self.options.max_length, self.options.truncate
+            said.append(
+                f"{self.truncation['records']:,} longer than {most:,} tokens (--truncate {how}): "
+                f"{self.truncation['lost_tokens']:,} tokens lost; examples are in the manifest"
+            )
+        if self.spelled:
+            tokens = ", ".join(f"{token} {count:,}" for token, count in sorted(self.spelled.items()))
+            said.append(f"special tokens in messages (--special-in-text {self.options.special_in_text}): {tokens}")
+        return said
 
     def files(
         self, written: Sequence[Written], inputs: Sequence[Mapping[str, Any]], folder: Path

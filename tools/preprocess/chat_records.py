@@ -141,7 +141,7 @@ def _answered(record: Record, key: str, prompt: list[Message]) -> Chat:
     if answer[: len(prompt)] == prompt:
         answer = answer[len(prompt) :]
     chat = _chat([*prompt, *answer], record, key)
-    weights = chat.weights or [float(message["role"] == ASSISTANT) for message in chat.messages]
+    weights = chat.weights or _usual_weights(chat.messages)
     return Chat(chat.messages, chat.tools, [0.0] * len(prompt) + weights[len(prompt) :])
 
 
@@ -192,13 +192,17 @@ def _chat(messages: list[Any], record: Record, where: str) -> Chat:
     for number, message in enumerate(messages):
         _checked(message, f"{where}[{number}]")
         if "weight" in message or "train" in message:
-            weights = weights or [float(one.get("role") == ASSISTANT) for one in messages if isinstance(one, dict)]
             weight = _weight(message, f"{where}[{number}]")
             message = {key: value for key, value in message.items() if key not in ("weight", "train")}
             if weight is not None:
+                weights = weights or _usual_weights(messages)
                 weights[number] = weight
         plain.append(message)
     return Chat(plain, _tools(record), weights)
+
+
+def _usual_weights(messages: list[Any]) -> list[float]:
+    return [float(isinstance(message, dict) and message.get("role") == ASSISTANT) for message in messages]
 
 
 def _checked(message: Any, where: str) -> Message:

@@ -1,5 +1,6 @@
 """mp-preprocess-chat: conversations, preference pairs and prompts to ids and masks."""
 
+import logging
 from typing import TYPE_CHECKING
 
 from megapatch.models.cli import UserError, run
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from megapatch.tools.preprocess.chat_job import ChatJob
     from megapatch.tools.preprocess.chat_work import Worker
 
+_LOG = logging.getLogger("megapatch.tools.preprocess")
 EXAMPLES = """examples:
   mp-preprocess-chat --input chats.jsonl --tokenizer Qwen3-0.6B --output-prefix data/sft --on-rewritten-history split
   mp-preprocess-chat --input 'sft/*.parquet' --tokenizer tok --max-length 4096 --truncate turn --output-prefix data/sft
@@ -27,9 +29,17 @@ def preprocess_chat(options: Options) -> None:
     from megapatch.tools.preprocess.workers import quiet_engine
 
     sources = find_sources(options)
+    for source in sources:
+        if source.kind in ("text", "lines"):
+            raise UserError(
+                f"{source.label}: read as plain {source.kind}, but conversations are JSON; give --format jsonl"
+            )
     with quiet_engine():
         tokenizer = Tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
-        run_job(make_job(options, tokenizer), sources, options)
+        job = make_job(options, tokenizer)
+        if run_job(job, sources, options) is not None:
+            for line in job.summary():
+                _LOG.info("%s", line)
     if options.json:
         print(manifest_path(options.output_prefix).read_text(), end="")
 
@@ -44,7 +54,7 @@ def make_job(options: Options, tokenizer: "Tokenizer") -> "ChatJob":
 
 def make_renderer(options: Options, tokenizer: "Tokenizer") -> "Renderer":
     """The template, and how the options want it used."""
-    from megapatch.models.chat import Renderer, generation_prompt
+    from megapatch.models.chat import Renderer, generation_prompt, untrained_end
     from megapatch.models.chat_load import load_templates
 
     template, with_tools = load_templates(tokenizer, options.template, arguments=options.arguments, date=options.today)
@@ -54,10 +64,17 @@ def make_renderer(options: Options, tokenizer: "Tokenizer") -> "Renderer":
         )
     if options.train_generation_prompt and not generation_prompt(template):
         raise UserError("--train-generation-prompt: the chat template has no generation prompt; leave it out")
+    specials = tuple(tokenizer.special_tokens.values())
+    if left_out := untrained_end(template, specials):
+        _LOG.warning(
+            "the generation tags of the chat template leave out %s, which ends a turn: it will not be trained, and the "
+            "model may not learn to stop; mend the template with --template FILE",
+            left_out,
+        )
     return Renderer(
         template,
         with_tools,
-        tuple(tokenizer.special_tokens.values()),
+        specials,
         options.on_rewritten_history,
         options.train_generation_prompt,
     )
