@@ -184,7 +184,7 @@ class ChatJob:
 
 
 def _outputs(options: Options, dtype: np.dtype) -> list[Output]:
-    kinds = {"_mask": np.dtype(np.uint8), "_weight": np.dtype(np.float32), "_answer": np.dtype(np.uint8)}
+    kinds: dict[str, np.dtype] = {"_mask": np.dtype(np.uint8), "_weight": np.dtype(np.float32), "_answer": np.dtype(np.uint8)}
     return [
         Output(Path(f"{options.output_prefix}{end}"), next((kinds[one] for one in kinds if end.endswith(one)), dtype))
         for end in options.ends

@@ -160,8 +160,8 @@ class Worker:
         owners, lengths = np.array(parts, np.int64).reshape(-1, 2).T
         for owner in np.setdiff1d(side.record, owners).tolist():
             report.fate[owner] = TOO_LONG if self.truncate == "drop" else NOTHING_LEFT
-        weights = None if side.weights is None else side.weights[keep]
-        return Side(side.ids[keep], weights, lengths.astype(np.int32), owners)
+        kept_weights = None if side.weights is None else side.weights[keep]
+        return Side(side.ids[keep], kept_weights, lengths.astype(np.int32), owners)
 
 
 def _hashes(items: Sequence[Item]) -> np.ndarray:
