@@ -55,10 +55,12 @@ def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
         found = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); remove it, or make the data again with mp-preprocess") from error
-    expected = bin_path(prefix).stat().st_size if bin_path(prefix).is_file() else None
-    if not isinstance(found, dict) or found.get("bin_bytes") != expected:
+    size = bin_path(prefix).stat().st_size if bin_path(prefix).is_file() else None
+    said = found.get("bin_bytes") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or said != size:
+        there = "no such file" if size is None else f"{size} bytes found"
         raise UserError(
-            f"{path}: does not describe {bin_path(prefix)} ({expected} bytes); make both with mp-preprocess"
+            f"{path}: does not describe {bin_path(prefix)}: {there}, {said} expected; make both with mp-preprocess"
         )
     return found
 

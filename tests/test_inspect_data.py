@@ -143,7 +143,7 @@ def test_damage_is_told_and_ends_with_1(data: Path, capsys: pytest.CaptureFixtur
 
 
 SHORT = {
-    "a short .bin": (lambda prefix: os.truncate(bin_path(prefix), 10), "data.v1.bin (10 bytes)"),
+    "a short .bin": (lambda prefix: os.truncate(bin_path(prefix), 10), "data.v1.bin: 10 bytes found"),
     "offsets": (change(50, b"\xff", idx_path), "data.v1.idx: lengths and offsets contradict"),
     "no .idx": (lambda prefix: idx_path(prefix).unlink(), "data.v1.idx: no such file"),
     "a stale manifest": (lambda prefix: write_pair(prefix, [[1]]), "data.v1.manifest.json: does not describe"),

@@ -44,15 +44,17 @@ class Digits:
 TOKENIZER: Any = Digits()
 
 
-def pair(folder: Path, name: str, documents: list[list[int]], digest: str | None = TOKENIZER.digest) -> Path:
-    """The prefix of a .bin/.idx pair with these documents."""
+def pair(
+    folder: Path, name: str, documents: list[list[int]], digest: str | None = TOKENIZER.digest, **said: Any
+) -> Path:
+    """The prefix of a .bin/.idx pair with these documents; ``said``: what else its manifest says."""
     folder.mkdir(exist_ok=True)
     prefix = folder / name
     ids = np.array([token for document in documents for token in document], np.uint16)
     prefix.with_suffix(".bin").write_bytes(ids.tobytes())
     write_index(prefix.with_suffix(".idx"), np.array([len(d) for d in documents], np.int64), np.dtype(np.uint16))
     if digest is not None:
-        manifest = {"tokenizer": {"digest": digest}, "bin_bytes": ids.nbytes}
+        manifest = {"format": "corpus", "tokenizer": {"digest": digest}, "bin_bytes": ids.nbytes, **said}
         (folder / f"{name}.manifest.json").write_text(json.dumps(manifest))
     return prefix
 
@@ -150,6 +152,91 @@ def test_validation_reads_the_documents_that_training_does_not(tmp_path: Path) -
     assert {t for i in range(len(valid)) for t in valid[i]["tokens"].tolist()} <= set(range(640, 720))
 
 
+def test_with_data_to_validate_with_all_others_are_trained_on(tmp_path: Path) -> None:
+    one, two = pair(tmp_path, "one", counting(0, 16)), pair(tmp_path, "two", counting(700, 4))
+    given = options([one], tmp_path, f"--valid-data-path {two} --eval-interval 1 --train-iters 5")
+    data.check_data(given, TOKENIZER, 1000)
+    train, valid = data.build_datasets(given, TOKENIZER)
+    assert {t for i in range(len(train)) for t in train[i]["tokens"].tolist()} >= set(range(39 * LENGTH))
+    assert {t for i in range(len(valid)) for t in valid[i]["tokens"].tolist()} <= set(range(700, 860))
+    assert len(valid) >= given.eval_iters * BATCH
+    whole, _ = data.build_datasets(options([one], tmp_path, "--split 1 --train-iters 5"), TOKENIZER)
+    assert [train[i]["tokens"].tolist() for i in range(40)] == [whole[i]["tokens"].tolist() for i in range(40)]
+
+
+def test_both_may_be_blends(tmp_path: Path) -> None:
+    one, two = pair(tmp_path, "one", counting(0, 5)), pair(tmp_path, "two", counting(500, 5))
+    extra = f"--valid-data-path {two} {one} --eval-interval 1 --eval-iters 50 --train-iters 50"
+    train, valid = data.build_datasets(options([3, one, 1, two], tmp_path, extra), TOKENIZER)
+    shares = [sum(int(some[i]["tokens"][0] < 500) for i in range(400)) / 400 for some in (train, valid)]
+    assert shares == pytest.approx([0.75, 0.5], abs=0.01)
+
+
+def test_without_evaluation_the_data_to_validate_with_are_only_checked(tmp_path: Path) -> None:
+    one, two = pair(tmp_path, "one", counting(0, 9)), pair(tmp_path, "two", [[1]])
+    given = options([one], tmp_path, f"--valid-data-path {two}")
+    with pytest.raises(UserError, match=r"two: 1 of its 1 documents are for validation, with 1 tokens; bring more"):
+        data.check_data(given, TOKENIZER, 1000)
+    train, valid = data.build_datasets(given, TOKENIZER)
+    assert valid is None and len(train) >= 4 * BATCH
+
+
+def test_new_data_to_validate_with_get_new_indices(tmp_path: Path) -> None:
+    one, two = pair(tmp_path, "one", counting(0, 9)), pair(tmp_path, "two", counting(700, 2))
+    given = options([one], tmp_path, f"--valid-data-path {two} --eval-interval 1")
+    data.build_datasets(given, TOKENIZER)
+    pair(tmp_path, "two", counting(600, 3, 30))
+    _, valid = data.build_datasets(given, TOKENIZER)
+    assert {t for i in range(len(valid)) for t in valid[i]["tokens"].tolist()} <= set(range(600, 690))
+
+
+def test_a_split_and_data_to_validate_with_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--split and --valid-data-path: give one"):
+        options(["a"], tmp_path, "--split 98,2,0 --valid-data-path b")
+
+
+ENDS = "--eod-mask-loss"
+UNFIT = {  # what: (options, what the manifest says, part of the message; None: fits)
+    "chats": ("", {"format": "chat"}, "data.manifest.json: format chat; mp-pretrain trains on corpora"),
+    "preferences": ("", {"format": "preference"}, "format preference; mp-pretrain trains on corpora"),
+    "a format of its own": ("", {"format": "mine"}, "format 'mine'; expected one of corpus, "),
+    "another end": (ENDS, {"eod_id": 7}, "documents end with token 7, but --eod-mask-loss looks for 0"),
+    "no end": ("--reset-position-ids", {"eod_id": None}, "end with token None, but --reset-position-ids looks for 0"),
+    "no end, none needed": ("", {"eod_id": None}, None),
+    "the end looked for": (ENDS, {"eod_id": 0}, None),
+    "another size": ("", {"bin_bytes": 2}, "data.manifest.json: does not describe"),
+}
+
+
+@pytest.mark.parametrize("flag", ["--data-path", "--valid-data-path"])
+@pytest.mark.parametrize("case", UNFIT)
+def test_the_manifest_is_held_against_the_run(tmp_path: Path, case: str, flag: str) -> None:
+    extra, said, message = UNFIT[case]
+    said = {"tokenizer": {"digest": TOKENIZER.digest} | said} if "eod_id" in said else said
+    prefix, good = pair(tmp_path, "data", counting(1, 9), **said), pair(tmp_path, "good", counting(1, 9))
+    words = [prefix] if flag == "--data-path" else [good]
+    given = options(words, tmp_path, f"{extra} --valid-data-path {prefix}" if words == [good] else extra)
+    if message is None:
+        data.check_data(given, TOKENIZER, 1000)
+        return
+    with pytest.raises(UserError) as caught:
+        data.check_data(given, TOKENIZER, 1000)
+    assert message in str(caught.value)
+
+
+def test_an_interrupted_preprocessing_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "data.partial").mkdir()
+    with pytest.raises(UserError, match=r"data\.idx: no such file, but .*data\.partial is there.* --resume"):
+        data.check_data(options([tmp_path / "data"], tmp_path), TOKENIZER, 1000)
+    assert "names no tokenizer" not in caplog.text
+
+
+def test_the_words_of_each_blend_are_checked_under_its_flag(tmp_path: Path) -> None:
+    given = options([pair(tmp_path, "data", counting(1, 9))], tmp_path, "--valid-data-path 1 a 2")
+    with pytest.raises(UserError, match="--valid-data-path: 3 words; a blend needs WEIGHT PREFIX pairs"):
+        data.check_data(given, TOKENIZER, 1000)
+
+
 @pytest.mark.parametrize("documents", [1, 2, 3, 7])
 @pytest.mark.parametrize("length", [2, 5, 17, 100])
 def test_however_little_there_is_it_is_repeated_for_as_long_as_asked(
@@ -188,7 +275,9 @@ def test_data_that_name_no_tokenizer_are_told(tmp_path: Path, caplog: pytest.Log
     prefix = pair(tmp_path, "data", counting(1, 9), None)
     if named:
         size = prefix.with_suffix(".bin").stat().st_size
-        (tmp_path / "data.manifest.json").write_text(json.dumps({"tokenizer": {}, "bin_bytes": size}))
+        (tmp_path / "data.manifest.json").write_text(
+            json.dumps({"format": "corpus", "tokenizer": {}, "bin_bytes": size})
+        )
     data.check_data(options([prefix], tmp_path), TOKENIZER, 1000)
     assert "names no tokenizer; cannot check that the data fit" in caplog.text
 

@@ -13,14 +13,17 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megapatch.models.cli import UserError
-from megapatch.models.indexed_data import manifest_path, read_index, read_manifest
+from megapatch.models.data_formats import format_of
+from megapatch.models.indexed_data import blocks, manifest_path, read_index, read_manifest
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.trainer.data_cache import building, key
-from megapatch.trainer.options import PretrainOptions
+from megapatch.trainer.options import SPLIT, PretrainOptions
 from megapatch.trainer.ranks import warn
 
 log = logging.getLogger(__name__)
 SPLITS = ("training", "validation", "test")
+Shares = list[tuple[float, float] | None]  # of documents, in parts of 1: first and last place for each of SPLITS
+Blend = tuple[list[str], list[float] | None]
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -38,8 +41,8 @@ class DataTokenizer:
         return {"vocab_size": self.vocab_size, "eod": self.eod, "digest": self.digest}
 
 
-def parse_blend(words: list[str]) -> tuple[list[str], list[float] | None]:
-    """Prefixes and their weights, from 'PREFIX ...' or 'WEIGHT PREFIX WEIGHT PREFIX ...'."""
+def parse_blend(words: list[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:
+    """Prefixes and their weights, None where none are given, from 'PREFIX ...' or 'WEIGHT PREFIX WEIGHT PREFIX ...'."""
 
     def weight(word: str) -> float | None:
         try:
@@ -51,11 +54,11 @@ def parse_blend(words: list[str]) -> tuple[list[str], list[float] | None]:
     if len(words) < 2 or any(w is None for w in weights):
         return list(words), None
     if len(words) % 2:
-        raise UserError(f"--data-path: {len(words)} words; a blend needs WEIGHT PREFIX pairs")
+        raise UserError(f"{flag}: {len(words)} words; a blend needs WEIGHT PREFIX pairs")
     numbers = [w for w in weights if w is not None]
     for number, prefix in zip(numbers, words[1::2], strict=True):
         if not 0 < number < float("inf"):
-            raise UserError(f"--data-path: weight {number} of {prefix}; a weight is a number above 0")
+            raise UserError(f"{flag}: weight {number} of {prefix}; a weight is a number above 0")
     return words[1::2], numbers
 
 
@@ -66,40 +69,60 @@ def check_data(options: PretrainOptions, tokenizer: Tokenizer, vocab_size: int) 
             f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {vocab_size};"
             " use the model's own tokenizer, or a model with a larger vocab_size"
         )
-    shares = _shares(options)
-    for prefix in parse_blend(options.data_path)[0]:
-        _check_shares(prefix, shares, options)
-        _check_tokenizer(prefix, tokenizer)
+    for words, flag, shares in _parts(options):
+        for prefix in parse_blend(words, flag)[0]:
+            manifest = read_manifest(prefix)
+            if (form := format_of(prefix, manifest)) != "corpus":
+                raise UserError(
+                    f"{manifest_path(prefix)}: format {form}; mp-pretrain trains on corpora, made by mp-preprocess"
+                )
+            _check_shares(prefix, shares, options)
+            _check_tokenizer(prefix, (manifest or {}).get("tokenizer") or {}, tokenizer, options)
 
 
-def _check_tokenizer(prefix: str, tokenizer: Tokenizer) -> None:
-    manifest = read_manifest(prefix)
-    made_with = (manifest or {}).get("tokenizer", {}).get("digest")
+def _parts(options: PretrainOptions) -> list[tuple[list[str], str, Shares]]:
+    """Words that name data, the flag they follow, and the shares that are taken of each pair."""
+    if not options.valid_data_path:
+        return [(options.data_path, "--data-path", _shares(options))]
+    train, valid = (options.data_path, "--data-path"), (options.valid_data_path, "--valid-data-path")
+    return [(*train, [(0.0, 1.0), None, None]), (*valid, [None, (0.0, 1.0), None])]
+
+
+def _check_tokenizer(prefix: str, said: dict[str, Any], tokenizer: Tokenizer, options: PretrainOptions) -> None:
+    """Refuse data that another tokenizer made, or whose documents end otherwise than is needed."""
+    made_with = said.get("digest")
     if made_with is None:
         warn(log, "%s: names no tokenizer; cannot check that the data fit this one", manifest_path(prefix))
     elif made_with != tokenizer.digest:
         raise UserError(
             f"{prefix}: made with another tokenizer than {tokenizer.folder}; run mp-preprocess again with it"
         )
+    flags = [name for name in ("eod_mask_loss", "reset_position_ids") if getattr(options, name)]
+    if flags and "eod_id" in said and said["eod_id"] != tokenizer.eod_id:
+        raise UserError(
+            f"{manifest_path(prefix)}: documents end with token {said['eod_id']}, but --{flags[0].replace('_', '-')} "
+            f"looks for {tokenizer.eod_id}, the eos token of {tokenizer.folder}; run mp-preprocess again with --eod yes"
+        )
 
 
-def _shares(options: PretrainOptions) -> list[tuple[float, float] | None]:
-    """First and last place, in parts of 1, of the documents to train on, to validate with, and to leave alone."""
+def _shares(options: PretrainOptions) -> Shares:
+    """The shares that --split makes of the documents to train on, to validate with, and to leave alone."""
+    split = options.split or SPLIT
     try:
-        parts = [float(part) for part in options.split.split(",")]
+        parts = [float(part) for part in split.split(",")]
     except ValueError:
         parts = []
     if not 1 <= len(parts) <= len(SPLITS) or min(parts) < 0 or not 0 < sum(parts) < float("inf"):
-        raise UserError(f"--split {options.split}: expected up to three shares with commas between, like 98,2,0")
+        raise UserError(f"--split {split}: expected up to three shares with commas between, like 98,2,0")
     if not parts[0]:
-        raise UserError(f"--split {options.split}: leaves nothing to train on")
+        raise UserError(f"--split {split}: leaves nothing to train on")
     if options.eval_interval and (len(parts) < 2 or not parts[1]):
-        raise UserError(f"--split {options.split}: leaves nothing to validate with; leave out --eval-interval")
+        raise UserError(f"--split {split}: leaves nothing to validate with; leave out --eval-interval")
     ends = [sum(parts[: i + 1]) / sum(parts) for i in range(len(parts))]
     return [(0.0, ends[0]), (ends[0], ends[1]) if options.eval_interval else None, None]
 
 
-def _check_shares(prefix: str, shares: list[tuple[float, float] | None], options: PretrainOptions) -> None:
+def _check_shares(prefix: str, shares: Shares, options: PretrainOptions) -> None:
     """megatron-core would count the epochs of a share without tokens for ever."""
     index = read_index(prefix)
     documents = len(index.lengths)
@@ -107,42 +130,60 @@ def _check_shares(prefix: str, shares: list[tuple[float, float] | None], options
         if share is None:
             continue
         begin, end = (round(place * documents) for place in share)
-        tokens = int(index.lengths[begin:end].sum(dtype="int64"))
+        tokens = sum(int(block.sum(dtype="int64")) for block in blocks(index.lengths[begin:end]))
         if tokens < 2:
+            by = "" if options.valid_data_path else f" (--split {options.split or SPLIT})"
+            mend = "bring" if options.valid_data_path else "change --split, or bring"
             raise UserError(
-                f"{prefix}: {end - begin} of its {documents} documents are for {name} (--split {options.split}), with "
-                f"{tokens} tokens; change --split, or bring more documents"
+                f"{prefix}: {end - begin} of its {documents} documents are for {name}{by}, with {tokens} tokens; "
+                f"{mend} more documents"
             )
 
 
 def build_datasets(options: PretrainOptions, tokenizer: Tokenizer) -> tuple[Any, Any]:
     """Training and validation datasets (None without --eval-interval); every rank must call."""
-    prefixes, weights = parse_blend(options.data_path)
-    if weights is None and len(prefixes) > 1:
-        weights = [float(read_index(prefix).num_tokens) for prefix in prefixes]
+    blends = [_blend(words, flag) for words, flag, _ in _parts(options)]
     batch = options.global_batch_size
     sizes = (options.train_iters * batch, options.eval_iters * batch, 0)
-    made_of = [options.seed, options.seq_length, options.split, bool(options.eval_interval), tokenizer.digest]
+    evaluated = bool(options.eval_interval)
+    made_of = [options.seed, options.seq_length, options.split or SPLIT, evaluated, tokenizer.digest]
     root = options.data_cache_path or options.save / "data-cache"
-    with building(root, key(prefixes, [weights, sizes, *made_of])) as folder:
+    prefixes = [prefix for names, _ in blends for prefix in names]
+    with building(root, key(prefixes, [[weights for _, weights in blends], sizes, *made_of])) as folder:
         config = GPTDatasetConfig(
             random_seed=options.seed,
             sequence_length=options.seq_length,
-            blend=(prefixes, weights),
-            split="1,0,0",  # replaced below
             path_to_cache=str(folder),
             tokenizer=DataTokenizer(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.digest),
             reset_position_ids=options.reset_position_ids,
             reset_attention_mask=False,
             eod_mask_loss=options.eod_mask_loss,
             create_attention_mask=False,
+            **(_of_one(blends[0]) if len(blends) == 1 else _of_two(blends, evaluated)),
         )
-        config.split_matrix = _shares(options)
+        if len(blends) == 1:
+            config.split_matrix = _shares(options)
         train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
     for name, dataset, size in (("training", train, sizes[0]), ("validation", valid, sizes[1])):
         if dataset is not None:
             assert len(dataset) >= size, f"megatron-core built {len(dataset)} {name} samples instead of {size}"
     return train, valid
+
+
+def _blend(words: list[str], flag: str) -> Blend:
+    """Prefixes and their weights: without given ones, by tokens."""
+    prefixes, weights = parse_blend(words, flag)
+    if weights is None and len(prefixes) > 1:
+        weights = [float(read_index(prefix).num_tokens) for prefix in prefixes]
+    return prefixes, weights
+
+
+def _of_one(blend: Blend) -> dict[str, Any]:
+    return {"blend": blend, "split": "1,0,0"}  # the split is replaced by --split's
+
+
+def _of_two(blends: list[Blend], evaluated: bool) -> dict[str, Any]:
+    return {"blend_per_split": [blends[0], blends[1] if evaluated else None, None]}
 
 
 def micro_batches(

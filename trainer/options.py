@@ -7,6 +7,8 @@ from typing import Literal, Optional
 from megapatch.models.cli import opt
 from megapatch.models.parallel import Parallel
 
+SPLIT = "98,2,0"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(Parallel):
@@ -130,7 +132,22 @@ class PretrainOptions(TrainOptions):
     data_path: list[str] = opt(
         "prefixes of .bin/.idx pairs, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...", nargs="+", metavar="PREFIX"
     )
-    split: str = opt("shares of the data for training, validation, test", "98,2,0")
+    valid_data_path: list[str] = opt(
+        "prefixes, or a blend, to validate with; --data-path is then for training alone, and --split does not apply",
+        [],
+        nargs="+",
+        metavar="PREFIX",
+    )
+    split: Optional[str] = opt(
+        f"shares of --data-path for training, validation, test, by the order of documents (default: {SPLIT})", None
+    )
     data_cache_path: Optional[Path] = opt("folder for data indices, if not SAVE/data-cache", None)
     eod_mask_loss: bool = opt("no loss on end-of-document tokens", False)
     reset_position_ids: bool = opt("positions start again after an end-of-document token", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split is not None and self.valid_data_path:
+            raise ValueError(
+                "--split and --valid-data-path: give one; with the latter, all of --data-path is trained on"
+            )
