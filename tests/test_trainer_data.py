@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.distributed as dist
+from preprocess_data import make_tokenizer
 from trainer_runs import arguments
 
 from megapatch.models import cli, commit, device, parallel
@@ -115,6 +119,26 @@ def test_the_samples_of_a_step_do_not_depend_on_the_layout(
     by_rank = [batches(train, given, rank, size, monkeypatch) for rank in range(size)]
     found = [row for step in zip(*by_rank, strict=True) for batch in step for row in batch.tolist()]
     assert found == expected
+
+
+def test_samples_of_preprocessed_text_are_the_tokenizers_ids(tmp_path: Path) -> None:
+    tok = make_tokenizer(tmp_path)
+    texts = [f"Document {n}: {'word ' * (n % 13)}\u00e9\n" for n in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["--input", tmp_path / "text.jsonl", "--tokenizer", tok, "--output-prefix", tmp_path / "data"]
+    tool = [sys.executable, "-m", "megapatch.tools.preprocess.preprocess"]  # its workers are forked, without torch
+    subprocess.run([*tool, *map(str, words)], check=True)
+    reference = tokenizers.Tokenizer.from_file(str(tok / "tokenizer.json"))
+    eod = reference.token_to_id("<|endoftext|>")
+    documents = [[*reference.encode(text, add_special_tokens=False).ids, eod] for text in texts]
+    given = options([tmp_path / "data"], tmp_path, "--split 1")
+    gpt, _ = data.build_datasets(given, Tokenizer(tok))
+    stream = [token for number in gpt.document_index.tolist() for token in documents[number]]
+    for position, place in enumerate(gpt.shuffle_index.tolist()):
+        sample = gpt[position]
+        assert sample["tokens"].tolist() == stream[place * LENGTH : (place + 1) * LENGTH]
+        assert sample["labels"].tolist() == stream[place * LENGTH + 1 : (place + 1) * LENGTH + 1]
+    assert len(gpt) == (len(stream) - 1) // LENGTH
 
 
 def test_a_new_seed_is_a_new_order_of_the_same_tokens(tmp_path: Path) -> None:
