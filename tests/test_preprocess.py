@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from preprocess_data import DOCUMENTS, make_tokenizer, outputs, run, write_jsonl
 
+from megapatch.models import commit
 from megapatch.models.indexed_data import IndexedDocuments, read_manifest
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.tools.preprocess import progress
@@ -35,10 +36,10 @@ def large_tok(tok: Path, tmp_path: Path) -> Path:
     return copied
 
 
-@pytest.mark.parametrize("append_eod", [False, True])
+@pytest.mark.parametrize("eod", ["no", "yes"])
 @pytest.mark.parametrize("vocabulary", ["tok", "large_tok"])
 def test_files_are_those_of_megatron_cores_builder(
-    request: pytest.FixtureRequest, tmp_path: Path, vocabulary: str, append_eod: bool
+    request: pytest.FixtureRequest, tmp_path: Path, vocabulary: str, eod: str
 ) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
@@ -48,12 +49,12 @@ def test_files_are_those_of_megatron_cores_builder(
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     assert dtype == {"tok": np.uint16, "large_tok": np.int32}[vocabulary]
     builder = IndexedDatasetBuilder(str(tmp_path / "core.bin"), dtype=dtype)
-    expected = [tokenizer.encode(text) + [tokenizer.eod_id] * append_eod for text in DOCUMENTS if text]
+    expected = [tokenizer.encode(text) + [tokenizer.eod_id] * (eod == "yes") for text in DOCUMENTS if text]
     for ids in expected:
         builder.add_document(torch.tensor(ids), [len(ids)])
     builder.finalize(str(tmp_path / "core.idx"))
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
-    assert run(folder, tmp_path / "ours", source, more=("--append-eod",) if append_eod else ()) == 0
+    assert run(folder, tmp_path / "ours", source, more=("--eod", eod)) == 0
     assert outputs(tmp_path / "ours") == outputs(tmp_path / "core")
     dataset = IndexedDataset(str(tmp_path / "ours"))
     assert [dataset[i].tolist() for i in range(len(dataset))] == expected
@@ -64,7 +65,7 @@ def test_core_trains_on_the_files(tok: Path, tmp_path: Path) -> None:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     source = write_jsonl(tmp_path / "a.jsonl", [f"document {i} of many words" for i in range(200)])
-    assert run(tok, tmp_path / "data", source, more=("--append-eod",)) == 0
+    assert run(tok, tmp_path / "data", source) == 0
     tokenizer = SimpleNamespace(unique_identifiers={"name": "tok"}, eod=Tokenizer(tok).eod_id, pad=399, vocab_size=400)
     config = GPTDatasetConfig(
         random_seed=1,
@@ -100,23 +101,26 @@ def test_output_does_not_depend_on_workers_or_chunks(
     first = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     second = write_jsonl(tmp_path / "b.json", DOCUMENTS[:3])
     second.write_bytes(b"\n \r\n" + second.read_bytes().rstrip())  # blank lines, none at the end
-    more = ("--glob", "*.txt", "--append-eod", "--workers", workers, "--chunk-bytes", chunk_bytes)
+    more = ("--glob", "*.txt", "--workers", workers, "--chunk-bytes", chunk_bytes)
     assert run(tok, tmp_path / "out", first, folder, second, more=more) == 0
-    assert "1 end-of-document tokens inside documents" in capfd.readouterr().err
+    assert "became tokens: <|endoftext|> 1; see --special-in-text" in capfd.readouterr().err
     tokenizer = Tokenizer(tok)
     texts = [*DOCUMENTS, *(f"text {i}\r\n" * i for i in range(7)), *DOCUMENTS[:3]]
     expected = [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts if text]
     assert [document.tolist() for document in IndexedDocuments(tmp_path / "out")] == expected
     about = json.loads((tmp_path / "out.manifest.json").read_text())
     assert about["counts"] == {
-        "records": 18,
+        "lines": 20,
         "documents": 15,
-        "empty": 3,
+        "empty": 5,
         "bad": 0,
-        "blank_lines": 2,
+        "filtered": 0,
+        "duplicate": 0,
+        "filtered_by_reason": {},
         "tokens": sum(map(len, expected)),
-        "eod_inside_documents": 1,
     }
+    assert about["special_in_text"] == {"<|endoftext|>": 1}
+    assert (about["documents"], about["tokens"]) == (15, sum(map(len, expected)))
 
 
 def test_manifest_names_tokenizer_options_and_inputs(tok: Path, tmp_path: Path) -> None:
@@ -128,10 +132,17 @@ def test_manifest_names_tokenizer_options_and_inputs(tok: Path, tmp_path: Path) 
         "folder": str(tok),
         "digest": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
-        "eod_id": None,
+        "eod_id": tokenizer.eod_id,
+        "bos_ids": [],
     }
-    assert about["options"] == {"append_eod": False, "format": "auto", "text_key": ["body"], "on_bad_line": "fail"}
-    assert about["inputs"] == [{"path": str(source), "bytes": source.stat().st_size}]
+    said = {"eod": "yes", "format": "auto", "text_key": ["body"], "on_bad_line": "fail", "special_in_text": "allow"}
+    assert said.items() <= about["options"].items()
+    assert about["format"] == "corpus"
+    digests = {"bin": commit.digest(tmp_path / "out.bin"), "idx": commit.digest(tmp_path / "out.idx")}
+    assert about["xxh3_128"] == digests
+    assert about["inputs"] == [{"path": str(source), "bytes": source.stat().st_size, "xxh3_128": commit.digest(source)}]
+    assert about["sources"] == {str(source): {"lines": 2, "documents": 2, "tokens": about["tokens"]}}
+    assert (tmp_path / "out.args").read_text() == f"--data-path {tmp_path / 'out'}\n"
     assert (about["dtype"], about["bin_bytes"]) == ("uint16", (tmp_path / "out.bin").stat().st_size)
     assert read_manifest(tmp_path / "out") == about
     assert about["versions"]["megatron-core"].startswith("0.16.")
@@ -152,7 +163,7 @@ def test_a_log_gets_lines_and_a_terminal_a_bar_with_messages_above_it(
     shown = capfd.readouterr().err.replace("\r", "\n").split("\n")
     assert any("%|" in line and "B/s" in line for line in shown)
     messages = [line for line in shown if "mp-preprocess:" in line]
-    assert len(messages) == 3 and all(line.startswith("mp-preprocess: ") for line in messages)
+    assert len(messages) == 5 and all(line.startswith("mp-preprocess: ") for line in messages)
 
 
 @pytest.mark.parametrize("more", [(), ("--format", "text")])
@@ -164,9 +175,10 @@ def test_standard_input_is_lines_or_one_text(
     assert run(tok, tmp_path / "out", "-", more=(*more, "--chunk-bytes", "50")) == 0
     tokenizer = Tokenizer(tok)
     texts = [data.decode()] if more else [text for text in DOCUMENTS if text]
-    assert [document.tolist() for document in IndexedDocuments(tmp_path / "out")] == tokenizer.encode_batch(texts)
+    expected = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
+    assert [document.tolist() for document in IndexedDocuments(tmp_path / "out")] == expected
     about = json.loads((tmp_path / "out.manifest.json").read_text())
-    assert about["inputs"] == [{"path": "stdin", "bytes": None}]
+    assert about["inputs"] == [{"path": "stdin", "bytes": len(data), "xxh3_128": commit.digest(tmp_path / "a.jsonl")}]
 
 
 def test_a_pipe_given_as_a_file_is_read_once(tok: Path, tmp_path: Path) -> None:

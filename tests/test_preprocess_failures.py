@@ -1,4 +1,4 @@
-"""mp-preprocess: bad input, full disks, interrupts and dead workers are told in one line and leave nothing."""
+"""mp-preprocess: bad input, full disks and dead workers are told in one line; what is left can be gone on with."""
 
 import gzip
 import io
@@ -15,10 +15,9 @@ import psutil
 import pytest
 from preprocess_data import DOCUMENTS, GOOD, left, make_tokenizer, outputs, run, write_jsonl
 
-from megapatch.models import commit
 from megapatch.models.indexed_data import IndexedDocuments
-from megapatch.tools.preprocess import preprocess as tool
-from megapatch.tools.preprocess.inputs import Piece
+from megapatch.tools.preprocess.corpus import Corpus
+from megapatch.tools.preprocess.inputs import Chunk
 from megapatch.tools.preprocess.preprocess import main
 
 TOOL = [sys.executable, "-m", "megapatch.tools.preprocess.preprocess"]
@@ -58,8 +57,8 @@ def test_bad_input_is_named_with_its_place_and_leaves_nothing(
     bad.write_bytes(content)
     for chunk_bytes in ("1", "100000"):
         assert run(tok, tmp_path / "out" / "data", good, bad, good, more=("--chunk-bytes", chunk_bytes)) == 1
-        error = capfd.readouterr().err.strip()
-        assert error.startswith(f"mp-preprocess: error: {bad}{message}") and "\n" not in error
+        *_, error = capfd.readouterr().err.strip().split("\n")
+        assert error.startswith(f"mp-preprocess: error: {bad}{message}")
         assert "--on-bad-line skip" in error
         assert left(tmp_path / "out") == []
 
@@ -72,9 +71,9 @@ def test_skipped_input_is_counted_and_named(tok: Path, tmp_path: Path, capfd: py
     counts = json.loads((tmp_path / "out.manifest.json").read_text())["counts"]
     num_good = sum(content.count(GOOD) for _, content, _ in BAD)
     assert (counts["bad"], counts["documents"]) == (len(BAD), num_good)
-    assert counts["records"] == counts["documents"] + counts["bad"]
+    assert counts["lines"] == counts["documents"] + counts["empty"] + counts["bad"]
     error = capfd.readouterr().err
-    assert error.count("; skipped\n") == 10 and f"{len(BAD)} bad records skipped of {counts['records']}" in error
+    assert error.count("; skipped\n") == 10 and f" + {len(BAD)} bad + 0 filtered + 0 duplicate\n" in error
     assert f"00a.jsonl{BAD[0][2]}" in error
 
 
@@ -99,7 +98,7 @@ INPUTS = [
     (("folder",), ("--glob", "*.md"), "folder: holds no file that matches --glob *.md"),
     (("folder/a.txt",), ("--glob", "*.txt"), "--glob *.txt: no folder among --input"),
     (("folder/a.jsonl.gz",), ("--format", "parquet"), "folder/a.jsonl.gz: gzip around parquet"),
-    (("folder/empty.txt",), (), "no documents in --input (1 empty, 0 bad)"),
+    (("folder/empty.txt",), (), "no documents in --input (1 lines = 0 documents + 1 empty"),
 ]
 
 
@@ -135,59 +134,62 @@ def test_existing_files_stay_unless_forced_and_when_a_forced_run_fails(
     assert "data.bin: exists already" in capfd.readouterr().err
     assert run(tok, tmp_path / "out" / "data", source, bad, more=("--force",)) == 1
     assert outputs(tmp_path / "out" / "data") == old
-    assert left(tmp_path / "out") == ["data.bin", "data.idx", "data.manifest.json"]
+    assert left(tmp_path / "out") == ["data.args", "data.bin", "data.idx", "data.manifest.json"]
     assert run(tok, tmp_path / "out" / "data", source, source, more=("--force",)) == 0
     assert len(IndexedDocuments(tmp_path / "out" / "data")) == 2
 
 
-def test_an_interrupt_between_the_renames_leaves_nothing(
-    tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", ["one"])
-    assert run(tok, tmp_path / "out" / "data", source) == 0
-    replace = os.replace
-
-    def interrupted(stage: Path, target: Path) -> None:
-        if str(target).endswith(".idx"):
-            raise KeyboardInterrupt
-        replace(stage, target)
-
-    monkeypatch.setattr(commit.os, "replace", interrupted)
-    assert run(tok, tmp_path / "out" / "data", source, more=("--force",)) == 130
-    assert left(tmp_path / "out") == []
-
-
-def test_a_killed_worker_ends_the_run_at_once(
+def test_a_killed_worker_ends_the_run_at_once_and_what_is_done_is_kept(
     tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    encode = tool.Encoder.encode
+    begin = Corpus.begin
 
-    def dying(self: tool.Encoder, chunk: tuple[Piece, ...]) -> object:
-        if chunk[0].path.endswith("kill.txt"):
+    def dying(self: Corpus, chunk: Chunk) -> object:
+        (path,) = [piece.path for piece in chunk]
+        if path.endswith("kill.txt"):
+            time.sleep(0.5)  # a.txt is written by then
+            (tmp_path / "killed").write_text(str(time.monotonic()))
             os.kill(os.getpid(), signal.SIGKILL)
-        if chunk[0].path.endswith("slow.txt"):
+        if path.endswith("slow.txt"):
             time.sleep(60)
-        return encode(self, chunk)
+        return begin(self, chunk)
 
-    monkeypatch.setattr(tool.Encoder, "encode", dying)
+    monkeypatch.setattr(Corpus, "begin", dying)
     names = ["a.txt", "slow.txt", "kill.txt", "b.txt"]
     for name in names:
         (tmp_path / name).write_text("some text")
-    started, before = time.monotonic(), psutil.Process().children()
+    before = psutil.Process().children()
     inputs = [tmp_path / name for name in names]
     assert run(tok, tmp_path / "out" / "data", *inputs, more=("--chunk-bytes", "1")) == 1
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - float((tmp_path / "killed").read_text()) < 10  # quiet machine: 0.02 s
     error = capfd.readouterr().err
-    assert "was killed by signal 9 at or after" in error and "kill.txt (byte 0); nothing was kept" in error
-    assert left(tmp_path / "out") == []
+    assert "was killed by signal 9 at or after" in error and "kill.txt (byte 0); if memory ran out" in error
+    assert f"is kept in {tmp_path / 'out' / 'data.partial'}: go on with --resume" in error
     assert psutil.Process().children() == before
+    monkeypatch.undo()
+    assert run(tok, tmp_path / "out" / "data", *inputs, more=("--chunk-bytes", "1", "--resume")) == 0
+    assert "going on after 1 lines = 1 documents" in capfd.readouterr().err
+    assert len(IndexedDocuments(tmp_path / "out" / "data")) == 4
+
+
+def test_a_worker_that_dies_while_a_pipe_is_waited_for_ends_the_run(
+    tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Corpus, "begin", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    reading, writing = os.pipe()
+    os.write(writing, GOOD * 2000)  # all that a pipe takes, about
+    with open(reading) as stream, open(writing, "wb"):
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert run(tok, tmp_path / "out" / "data", "-", more=("--chunk-bytes", "20")) == 1
+    assert "was killed by signal 9 at or after stdin (byte 0)" in capfd.readouterr().err
+    assert left(tmp_path / "out") == []
 
 
 def test_a_bug_in_a_worker_is_shown_with_its_place(tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: tool.Encoder, chunk: tuple[Piece, ...]) -> object:
+    def broken(self: Corpus, chunk: Chunk) -> object:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(tool.Encoder, "encode", broken)
+    monkeypatch.setattr(Corpus, "begin", broken)
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ZeroDivisionError) as error:
         run(tok, tmp_path / "out" / "data", tmp_path / "a.txt")
@@ -211,14 +213,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
+def test_a_full_disk_is_one_line_and_a_larger_one_is_gone_on_with(
     tok: Path, tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["x" * 1000] * 3000)
     assert run(tok, small_disk / "data", source, more=("--chunk-bytes", "100000")) == 1
-    error = capfd.readouterr().err.strip()
-    assert error.startswith(f"mp-preprocess: error: {small_disk / 'data.bin'}: disk full (") and "\n" not in error
-    assert left(small_disk) == []
+    *_, error = capfd.readouterr().err.strip().split("\n")
+    assert error.startswith(f"mp-preprocess: error: {small_disk / 'data.partial'}: disk full (")
+    assert error.endswith("data.partial: go on with --resume") and " bytes free); free space" in error
+    assert left(small_disk) == ["data.partial"]
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    assert run(tok, small_disk / "data", source, more=("--chunk-bytes", "100000", "--resume")) == 0
+    assert "going on after" in capfd.readouterr().err
+    assert run(tok, tmp_path / "other", source) == 0
+    assert outputs(small_disk / "data") == outputs(tmp_path / "other")
 
 
 def test_a_bad_line_of_standard_input_has_its_number(
@@ -228,24 +236,6 @@ def test_a_bad_line_of_standard_input_has_its_number(
     assert run(tok, tmp_path / "out" / "data", "-", more=("--chunk-bytes", "50")) == 1
     assert "error: stdin:51 (byte 850): no key 'text'" in capfd.readouterr().err
     assert left(tmp_path / "out") == []
-
-
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_leaves_no_file_and_no_process(tok: Path, tmp_path: Path, number: int, status: int) -> None:
-    out = tmp_path / "out" / "data"
-    argv = [*TOOL, "--input", "-", "--tokenizer", str(tok), "--output-prefix", str(out), "--chunk-bytes", "100"]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as run:
-        assert run.stdin
-        run.stdin.write(GOOD * 1000)
-        run.stdin.flush()
-        deadline = time.monotonic() + 60
-        while not (workers := psutil.Process(run.pid).children()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert workers and left(tmp_path / "out")
-        os.kill(run.pid, number)
-        assert run.wait(20) == status
-    assert left(tmp_path / "out") == []
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
 
 
 def test_workers_end_when_their_parent_is_killed(tok: Path, tmp_path: Path) -> None:

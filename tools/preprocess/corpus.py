@@ -1,5 +1,6 @@
 """The job of mp-preprocess: documents to ids, and those that are kept to the outputs of their keys and shares."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from megapatch.tools.preprocess.seen import Seen
 from megapatch.tools.preprocess.watch import Report as EngineReport
 from megapatch.tools.preprocess.watch import Watch
 
+_LOG = logging.getLogger("megapatch.tools.preprocess")
 SEEN = "seen.hashes"  # the note with the hashes of all kept documents
 _DROPPED = -1
 
@@ -165,6 +167,9 @@ class Corpus:
         self, written: Sequence[Written], inputs: Sequence[Mapping[str, Any]], folder: Path
     ) -> Mapping[Path, bytes | Path]:
         """Manifests, arguments for the trainer, and the bad lines if they were put aside."""
+        if self.watch.special:
+            found = ", ".join(f"{token} {count:,}" for token, count in sorted(self.watch.special.items()))
+            _LOG.warning("special tokens that texts spell out became tokens: %s; see --special-in-text", found)
         made = manifests(self.options, self.encoder, self.ledger, self.watch, self._spoiled, written, inputs)
         return {**made, **self._bad_lines.files(folder)}
 

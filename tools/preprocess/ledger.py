@@ -16,6 +16,10 @@ OTHERS = "(all others)"
 KINDS = ("documents", "empty", "bad", "filtered", "duplicate")
 
 
+class BadLine(UserError):
+    """The first bad line, under --on-bad-line fail."""
+
+
 @dataclass
 class Ledger:
     """Takes the tallies of all pieces in input order. ``lines``: lines, rows, or files where a file is a document.
@@ -44,7 +48,7 @@ class Ledger:
         places = [place_of(bad, tally.piece, self._numbers) for bad in tally.bad]
         for place, bad in zip(places, tally.bad, strict=True):
             if self.on_bad_line == "fail":
-                raise UserError(f"{place}: {bad.reason}; mend it, or leave it out with --on-bad-line skip")
+                raise BadLine(f"{place}: {bad.reason}; mend it, or leave it out with --on-bad-line skip")
             if self.bad < _MAX_WARNINGS:
                 _LOG.warning("%s: %s; %s", place, bad.reason, "skipped" if self.on_bad_line == "skip" else "put aside")
             self.bad += 1
@@ -118,5 +122,3 @@ class Ledger:
         """Check that the counts add up, and say them."""
         self.check()
         _LOG.info("%s", self.line())
-        if not self.documents:
-            raise UserError(f"no documents in --input ({self.line()}); nothing was written")

@@ -10,6 +10,7 @@ from megapatch.models.commit import digest, make_parents, real
 from megapatch.models.indexed_data import bin_path, idx_path, manifest_path, write_index
 from megapatch.tools.preprocess.job import Job, Output, Written
 from megapatch.tools.preprocess.run_state import RunState
+from megapatch.tools.preprocess.stopping import Stopping
 
 
 def targets(output: Output) -> list[Path]:
@@ -25,10 +26,12 @@ def refuse_existing(job: Job[Any], force: bool) -> None:
             raise UserError(f"{path}: exists already; choose another --output-prefix, {advice}")
 
 
-def publish(state: RunState, job: Job[Any], inputs: Sequence[Mapping[str, Any]]) -> list[Written]:
+def publish(state: RunState, job: Job[Any], inputs: Sequence[Mapping[str, Any]], stopping: Stopping) -> list[Written]:
     """Write what is missing and rename everything; all outputs appear or none."""
+    state.save()
     kept = [number for number, keep in enumerate(job.kept()) if keep]
-    written = [_finish(state, number, job.outputs[number]) for number in kept]
+    with stopping.at_rest():  # digests take a while
+        written = [_finish(state, number, job.outputs[number]) for number in kept]
     small = []
     for position, (path, content) in enumerate(job.files(written, inputs, state.folder).items()):
         stage = content if isinstance(content, Path) else state.folder / f"{position}.file"

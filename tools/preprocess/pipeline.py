@@ -16,6 +16,7 @@ from megapatch.models.cli import UserError, opt
 from megapatch.models.commit import naming_full_disks
 from megapatch.tools.preprocess.inputs import Chunk, InputDigests, Source, SourceOptions, chunks, total_bytes
 from megapatch.tools.preprocess.job import Job, Written
+from megapatch.tools.preprocess.ledger import BadLine
 from megapatch.tools.preprocess.outputs import publish, refuse_existing
 from megapatch.tools.preprocess.progress import Progress
 from megapatch.tools.preprocess.run_state import RunState
@@ -74,12 +75,17 @@ class _Run:
             self.state.finish(found)
             _LOG.info("%s: put in place what an interrupted run had finished", self.options.output_prefix)
             return None
+        self.identity = self._identity()
+        if found:
+            _check_identity(self.state.folder, found["identity"], self.identity)
+            self.job.ledger.restore(found["ledger"])
         with self._keeping(), listening() as stopping:
             self._start(found)
             if not self.last:
                 self._work(stopping)
             self.job.ledger.close()
-            return publish(self.state, self.job, self.inputs)
+            self._refuse_nothing()
+            return publish(self.state, self.job, self.inputs, stopping)
 
     def _found(self) -> dict[str, Any] | None:
         """The state to go on from, if that is wanted."""
@@ -98,16 +104,13 @@ class _Run:
         return found if options.resume else None
 
     def _start(self, found: dict[str, Any] | None) -> None:
-        self.identity = self._identity()
         if not found:
             self.state.start(self.job.outputs, None)
             self.job.restore(None, self.state.folder)
             return
-        _check_identity(self.state.folder, found["identity"], self.identity)
         self.num_chunks, self.num_bytes, self.last = found["chunks"], found["input_bytes"], found["last"]
         self.mark, self.inputs = found["mark"], found["inputs"]
         self.state.start(self.job.outputs, found["sizes"])
-        self.job.ledger.restore(found["ledger"])
         self.job.restore(found["job"], self.state.folder)
         _LOG.info("%s: going on after %s", self.state.folder, self.job.ledger.line())
 
@@ -119,6 +122,12 @@ class _Run:
             "chunk_bytes": self.options.chunk_bytes,
         }
         return {**cut, "shard": list(self.options.part), **self.job.identity()}
+
+    def _refuse_nothing(self) -> None:
+        """A run without documents is a mistake, but for one shard of many."""
+        if not self.job.ledger.documents and self.options.shards == 1:
+            self.state.forget()
+            raise UserError(f"no documents in --input ({self.job.ledger.line()}); nothing was written")
 
     def _work(self, stopping: Stopping) -> None:
         first, ledger, options = self.num_chunks, self.job.ledger, self.options
@@ -176,6 +185,8 @@ class _Run:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + stopped.number) from None
         except UserError as error:
+            if isinstance(error, BadLine) and not self.state.has_saved:
+                self.state.forget()  # a few seconds' work: sooner mended and begun again than gone on with
             kept = self._keep()
             raise UserError(f"{error}; {kept}" if kept else str(error)) from error
         except BaseException:
@@ -184,6 +195,7 @@ class _Run:
 
     def _keep(self) -> str:
         try:
+            self.state.cut_back()
             self.state.save()
         except OSError as error:  # the state before is still there
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -168,6 +168,17 @@ class RunState:
         """Is there a state on the disk to go on from?"""
         return self._state.exists()
 
+    def cut_back(self) -> None:
+        """Free the room of what is not durable yet; no worker may write any more."""
+        if self._latest is not None:
+            for name, size in json.loads(self._latest)["sizes"].items():
+                os.ftruncate(self._files[name], size)
+
+    def forget(self) -> None:
+        """Nothing that is done shall be kept."""
+        self._latest = None
+        self._state.unlink(missing_ok=True)
+
     def _replace(self, text: str) -> None:
         stage = self.folder / "state.json.new"
         with commit.naming(stage), stage.open("w") as file:
