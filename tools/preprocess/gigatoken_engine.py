@@ -8,6 +8,7 @@ import numpy as np
 
 from megapatch.models.tokenizer import Tokenizer
 
+_PANIC = "PanicException"  # of Rust code; no Exception, and its class cannot be imported
 _EXTRA = "pip install 'megapatch[fast]'"
 
 
@@ -31,7 +32,9 @@ class Gigatoken:
         self.version = importlib.metadata.version("gigatoken")
         try:
             backend = gigatoken_rs.load_hf_json(fast.backend.to_str())
-        except Exception as error:  # the library raises what it likes for what it does not know
+        except BaseException as error:  # the library raises what it likes for what it does not know
+            if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+                raise
             raise Unusable(f"gigatoken {self.version} cannot load {tokenizer.folder} ({_reason(error)})") from error
         self._encode, self._prepared = backend.encode, fast.prepared
 
@@ -42,6 +45,6 @@ class Gigatoken:
         return [encode(prepared(text)) for text in texts]
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     said = str(error).partition("Location:")[0]  # of its own source
     return " ".join(said.split())[:200] or type(error).__name__
