@@ -222,7 +222,10 @@ class RunState:
 
     def remove(self) -> None:
         """Nothing is left to go on with."""
-        self._empty()
+        for path in self.folder.iterdir():
+            if path.name not in ("lock", self._state.name):
+                commit.remove(path)
+        self._state.unlink(missing_ok=True)  # until here renames that are done are found done
         (self.folder / "lock").unlink()
         try:
             self.folder.rmdir()

@@ -86,7 +86,7 @@ def share_of(found: np.ndarray, number: int, split: str, seed: int) -> np.ndarra
     weights = list(shares(split).values())
     if len(weights) == 1:
         return np.zeros(number, np.int8)
-    data = np.ascontiguousarray(found).data.cast("B")
+    data = found.tobytes()
     values = [xxhash.xxh3_64_intdigest(data[i : i + 16], seed) for i in range(0, len(data), 16)]
     bounds = [(end << 64) // sum(weights) for end in accumulate(weights)][:-1]
     return np.searchsorted(np.array(bounds, np.uint64), np.array(values, np.uint64), side="right").astype(np.int8)
