@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, BinaryIO
 
 from megapatch.models.cli import UserError
@@ -22,13 +23,13 @@ def parquet_pieces(
 ) -> Generator[Made, None, None]:
     """Row groups that begin in ``span`` (each at its rows' share of the file's bytes), large ones in parts."""
     with open(source.path, "rb") as raw, _naming(source.label, "parquet"):
-        stamp = stamp_of(raw.fileno())
+        stamp = stamp_of(source.path, raw.fileno(), source.size)
         file = _parquet(raw)
         columns = _columns(source, file.schema_arrow)
         rows, edges = _edges(file.metadata, source.size or 0)
         mine = [i for i, edge in enumerate(edges[:-1]) if span[0] <= edge < span[1]]
-        if digests and mine:
-            digests.begin(source.label, edges[mine[0]])
+        if digests and (mine or len(rows) == 1):
+            digests.begin(source.label, edges[mine[0]] if mine else 0)
         for i in mine:
             if digests:
                 digests.take_file(raw.fileno(), edges[i + 1])
@@ -38,8 +39,9 @@ def parquet_pieces(
             if size <= max(_GROUP_BYTES, chunk_bytes):
                 yield piece, None
             else:
-                yield from _parts(piece, _batches(file, piece, size, chunk_bytes), chunk_bytes)
-        if digests and mine:
+                yield from _LargeGroup(file, piece, rows[i + 1] - rows[i]).parts(chunk_bytes)
+        if digests and (mine or len(rows) == 1):
+            digests.take_file(raw.fileno(), edges[mine[-1] + 1] if mine else edges[0])
             digests.end(whole=len(mine) == len(edges) - 1)
 
 
@@ -68,21 +70,44 @@ def _is_of(path: str, columns: tuple[str, ...]) -> bool:
     return any(path == column or path.startswith(f"{column}.") for column in columns)
 
 
-def _batches(file: Any, piece: Piece, size: int, chunk_bytes: int) -> Iterator[tuple[Any, int]]:
-    """Some rows of a large row group after the other, and their share of its bytes in the file."""
-    num_rows = file.metadata.row_group(piece.group).num_rows
-    at_a_time = max(1, min(_BATCH_ROWS, num_rows * chunk_bytes // size))
-    options = {"columns": list(piece.columns) or None, "use_threads": False}
-    done = 0
-    for batch in file.iter_batches(at_a_time, row_groups=[piece.group], **options):
-        before, done = done, done + batch.num_rows
-        yield batch, piece.input_bytes * done // num_rows - piece.input_bytes * before // num_rows
+class _LargeGroup:
+    """A row group in parts of so many rows; only parts that are loaded are read, and what lies before them in it."""
+
+    def __init__(self, file: Any, piece: Piece, num_rows: int) -> None:
+        self._file, self._piece, self._num_rows = file, piece, num_rows
+        self._batches: Iterator[Any] = iter(())
+        self._reached = num_rows  # rows of the group that the batches are past
+
+    def parts(self, chunk_bytes: int) -> Iterator[Made]:
+        """Pieces with their loaders."""
+        piece, total = self._piece, self._num_rows
+        at_a_time = max(1, total * chunk_bytes // piece.size)
+        for first in range(0, total, at_a_time):
+            past = min(total, first + at_a_time)
+            row = piece.start + first
+            size, spent = (whole * past // total - whole * first // total for whole in (piece.size, piece.input_bytes))
+            part = replace(piece, kind="arrow", start=row, size=size, input_bytes=spent, lines_before=row, stamp=None)
+            yield part, partial(self._load, first, past, at_a_time)
+
+    def _load(self, first: int, past: int, at_a_time: int) -> bytes:
+        if self._reached > first:
+            names, group = list(self._piece.columns) or None, [self._piece.group]
+            self._batches = self._file.iter_batches(at_a_time, row_groups=group, columns=names, use_threads=False)
+            self._reached = 0
+        found = []
+        while self._reached < past:
+            batch = next(self._batches)
+            start, self._reached = self._reached, self._reached + batch.num_rows
+            assert self._reached <= past, "a batch goes beyond the rows asked for"
+            if start >= first:
+                found.append(batch)
+        return _ipc(tuple(found))
 
 
 def arrow_pieces(source: Source, chunk_bytes: int, digests: InputDigests | None) -> Generator[Made, None, None]:
     """Rows of an arrow file or stream, as parts with their data."""
     with opened(source) as file, _naming(source.label, "arrow"):
-        stamp = stamp_of(file.fileno()) if source.size is not None else None
+        stamp = stamp_of(source.path, file.fileno(), source.size) if source.size is not None else None
         if digests:
             digests.begin(source.label)
         if source.size is None:
@@ -144,9 +169,8 @@ def _parts(piece: Piece, batches: Iterable[tuple[Any, int]], chunk_bytes: int) -
     spent, start = 0, piece.start
 
     def part() -> Made:
-        rows = tuple(held)
-        made = replace(piece, kind="arrow", start=start, size=size, input_bytes=spent, lines_before=start, stamp=None)
-        return made, lambda: _ipc(rows)
+        made = replace(piece, start=start, size=size, input_bytes=spent, lines_before=start)
+        return made, partial(_ipc, tuple(held))
 
     for batch, num_bytes in batches:
         spent += num_bytes

@@ -77,21 +77,20 @@ class _Members:
 
     def content(self, block: bytes) -> Iterator[bytes]:
         """What the members hold; ``block`` is what was read already."""
-        member, rest, is_first = self._new(), b"", True
+        member, rest = self._new(), b""
         while block:
             for feed in (block[i : i + _FEED_BYTES] for i in range(0, len(block), _FEED_BYTES)):
                 rest += feed
+                self._position += len(feed)
                 while rest:
                     if member is None:
                         rest = self._start(rest)
                         if not rest:
                             break
                         member = self._new()
-                    data, member, rest = self._unpack(member, rest, is_first)
-                    is_first = is_first and member is not None
+                    data, member, rest = self._unpack(member, rest)
                     if data:
                         yield data
-                self._position += len(feed)
             block = self._file.read(self._block_bytes)
         if member is not None:
             raise UserError(
@@ -103,14 +102,15 @@ class _Members:
         """What is left after zeros that pad the file: gzip's on tapes, xz's in fours."""
         return rest.lstrip(b"\0") if self._packing in ("gzip", "xz") else rest
 
-    def _unpack(self, member: Any, data: bytes, is_first: bool) -> tuple[bytes, Any, bytes]:
+    def _unpack(self, member: Any, data: bytes) -> tuple[bytes, Any, bytes]:
         """Content, the member unless it ended here, and what follows it."""
         try:
             out = member.decompress(data)
         except (zlib.error, lzma.LZMAError, OSError, _zstd_error()) as error:
-            kind = "is not" if is_first and self._position == 0 and packing_of(data) != self._packing else "damaged"
+            begin = self._position - len(data)
+            kind = "is not" if begin == 0 and packing_of(data) != self._packing else "damaged"
             raise UserError(
-                f"{self._label}: {kind} {self._packing} data, at byte {self._position:,} or up to {len(data):,} bytes "
+                f"{self._label}: {kind} {self._packing} data, at byte {begin:,} or up to {len(data):,} bytes "
                 f"after it ({error}); get the file again"
             ) from None
         return (out, None, member.unused_data) if member.eof else (out, member, b"")

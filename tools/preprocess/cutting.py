@@ -23,10 +23,12 @@ def file_pieces(
     size = source.size or 0
     with open(source.path, "rb", buffering=0) as file:
         descriptor = file.fileno()
-        stamp = stamp_of(descriptor)
+        stamp = stamp_of(source.path, descriptor, size)
         start, stop = 0, size
         if source.kind != "text":
             start, stop = (_line_start(descriptor, position, size) for position in span)
+            if start >= stop and size:
+                return  # no line begins here
         if digests:
             digests.begin(source.label, start)
         for begin, end in _spans(descriptor, source.kind, chunk_bytes, (start, stop), size):
@@ -72,7 +74,7 @@ def _after_newline(descriptor: int, position: int, size: int) -> int:
 def stream_pieces(source: Source, chunk_bytes: int, digests: InputDigests | None) -> Generator[Piece, None, None]:
     """Pieces with their data, of standard input, a pipe or a compressed file."""
     with opened(source) as file:
-        stamp = stamp_of(file.fileno()) if source.size is not None else None
+        stamp = stamp_of(source.path, file.fileno(), source.size) if source.size is not None else None
         counted = Counted(file, digests)
         if digests:
             digests.begin(source.label)
@@ -112,7 +114,9 @@ class _Borrowed:
 
 
 class Counted:
-    """A file whose bytes are counted and digested as they are read."""
+    """A file whose bytes are counted and digested as they are read; pyarrow takes it for one."""
+
+    closed = False
 
     def __init__(self, file: BinaryIO, digests: InputDigests | None) -> None:
         self._file, self._digests, self.num_bytes = file, digests, 0

@@ -81,15 +81,22 @@ class Chunk:
         return f"{first.path} ({'row' if first.group >= 0 else 'byte'} {first.start:,})"
 
 
-def stamp_of(descriptor: int) -> Stamp:
-    """What changes when a file does."""
+def stamp_of(path: str, descriptor: int, size: int | None) -> Stamp:
+    """What changes when an open file does; it must have ``size`` bytes."""
+    stamp = _stamp(descriptor)
+    if stamp[1] != size:
+        raise changed(path)
+    return stamp
+
+
+def _stamp(descriptor: int) -> Stamp:
     status = os.fstat(descriptor)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def refuse_changed(path: str, descriptor: int, stamp: Stamp | None) -> None:
-    """UserError when an open file, or the one of that name now, is not the one that was stamped."""
-    if stamp is not None and stamp_of(descriptor) != stamp:
+    """UserError when an open file is not what it was when it was stamped."""
+    if stamp is not None and _stamp(descriptor) != stamp:
         raise changed(path)
 
 

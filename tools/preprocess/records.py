@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -97,28 +98,40 @@ class _Reading(Generic[T]):
         lines = _split(data)
         if base <= len(_BOM):
             _refuse_whole_array(self.tally.piece.path, lines)
-        self._each(lines, base, fast_loads or loads, self._again)
+        if fast_loads:
+            self._each(lines, base, fast_loads, self._take, self._again)
+        else:
+            self._each(lines, base, self._again, lambda taken: taken, self._again)
 
     def _plain(self, data: bytes, base: int) -> None:
         lines = _split(data)
 
         def load(line: bytes) -> dict[str, str]:
-            if line.isspace() or not line:
+            if not line.strip():
                 raise ValueError
             return {"text": utf8(line.removesuffix(b"\r"))}
 
-        self._each(lines, base, load, lambda line: self._take(load(line)))
+        self._each(lines, base, load, self._take, lambda line: self._take(load(line)))
 
     def _again(self, line: bytes) -> T:
-        """A line that orjson refused: what it holds by the standard library, or BadRecord with the exact place."""
+        """What is taken of a line by the standard library's word; BadRecord has the exact place."""
+        if not line.strip():
+            raise ValueError("a blank line")
         taken = self._take(loads(line))
         if b"\\u" in line:
             refuse_surrogates(taken)
         return taken
 
-    def _each(self, lines: list[bytes], base: int, load: Callable[[bytes], Any], again: Callable[[bytes], T]) -> None:
-        """Take every line; only the bad ones cost more than loading and taking."""
-        take, taken = self._take, self.records.taken
+    def _each(
+        self,
+        lines: list[bytes],
+        base: int,
+        load: Callable[[bytes], Any],
+        take: Callable[[Any], T],
+        again: Callable[[bytes], T],
+    ) -> None:
+        """Take every line; ``again`` decides where ``load`` fails. Only bad lines cost more than loading and taking."""
+        taken = self.records.taken
         self.tally.num_lines = len(lines)
         offset, reached = base, 0  # of lines[reached]
         for number, line in enumerate(lines):
@@ -149,9 +162,10 @@ class _Reading(Generic[T]):
             for row in rows:
                 self.tally.num_lines += 1
                 try:
-                    self.records.taken.append(self._take(row if isinstance(row, dict) else _row(row)))
+                    row = row if isinstance(row, dict) else _row(row)
+                    self.records.taken.append(self._take(row))
                 except BadRecord as bad:
-                    self._bad(self.tally.num_lines, None, bad.reason, lambda row=row: _dump(row))  # type: ignore[misc]
+                    self._bad(self.tally.num_lines, None, bad.reason, partial(_dump, row))
 
 
 def _split(data: bytes) -> list[bytes]:
@@ -171,8 +185,17 @@ def _row(batch: Any) -> dict[str, Any]:
 
 
 def _dump(row: Any) -> bytes:
-    value = row if isinstance(row, dict) else repr(row)
-    return json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace")
+    """A row as JSON; bytes that are not UTF-8 as \\xff."""
+    if not isinstance(row, dict):
+        row = {name: _value(column) for name, column in zip(row.schema.names, row.columns, strict=True)}
+    return json.dumps(row, ensure_ascii=False, default=repr).encode(errors="backslashreplace")
+
+
+def _value(column: Any) -> Any:
+    try:
+        return column[0].as_py()
+    except UnicodeDecodeError as error:
+        return error.object.decode(errors="backslashreplace")
 
 
 def _refuse_whole_array(label: str, lines: list[bytes]) -> None:
