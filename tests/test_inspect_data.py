@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_pairs import EOD, byte_tokenizer, text, write_manifest, write_pair, write_tables
+from data_pairs import EOD, SPECIAL, byte_tokenizer, text, write_manifest, write_pair, write_tables
 
 from megapatch.models.indexed_data import bin_path, idx_path, manifest_path
 from megapatch.tools.preprocess import data_scan
 from megapatch.tools.preprocess.inspect_data import main
+from megapatch.tools.preprocess.merge_data import main as merge
+from megapatch.tools.preprocess.preprocess import main as preprocess
 
 DOCUMENTS = [text("Hello<eos>"), [], text("a<eos>b<eos>"), text("no end"), text("é\x1b[31m<|user|>\n<eos>")]
 DOCUMENTS += [text("x" * n + "<eos>") for n in range(1, 200)]
+ENGINE = {"engine": {"name": "gigatoken", "version": "0.10"}, "compared": 7, "switched_at": None}
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def tok(tmp_path: Path) -> Path:
 @pytest.fixture
 def data(tmp_path: Path, tok: Path) -> Path:
     prefix = write_pair(tmp_path / "data.v1", DOCUMENTS)
-    write_manifest(prefix, tok, DOCUMENTS, engine={"engine": "gigatoken", "checked": 7}, options={"eod": True})
+    write_manifest(prefix, tok, DOCUMENTS, engine=ENGINE, options={"eod": "yes", "bos": None})
     return prefix
 
 
@@ -97,7 +100,7 @@ def test_people_are_told_the_same(data: Path, capsys: pytest.CaptureFixture[str]
     assert "documents 204, 1 of them empty, in 204 sequences" in lines
     assert "ids       10 to 257, of a vocabulary of 259" in lines
     assert "eod       id 256 ends 202 documents, 99.51 %; 1 inside documents" in lines
-    assert "engine    engine gigatoken, checked 7" in lines and "options   eod True" in lines
+    assert "engine    engine gigatoken 0.10, compared 7" in lines and "options   eod yes" in lines
     bars = [line for line in lines if line.endswith(("█", "#"))]
     assert len({line.index("%") for line in bars}) == 1, "aligned"
     assert bars[-1].split()[:4] == ["128", "to", "255", "73"]
@@ -373,3 +376,21 @@ def test_a_tokenizer_that_is_gone_or_changed_is_named(
     tok.rename(tok.parent / "elsewhere")
     assert main([str(data), "--document", "0"]) == 1
     assert "tok: no such folder, but" in capsys.readouterr().err
+
+
+def test_what_the_tools_write_verifies_and_merged_shards_are_the_whole(
+    tmp_path: Path, tok: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"text {n} " * n + SPECIAL[0] * (n == 3) for n in range(60)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", str(tok), "--workers", "1", "--output-prefix"]
+    assert preprocess([*words, str(tmp_path / "whole")]) == 0
+    shards = [str(tmp_path / f"shard{i}") for i in range(2)]
+    for i, shard in enumerate(shards):
+        assert preprocess([*words, shard, "--shards", "2", "--shard", str(i)]) == 0
+    assert merge(["--input", *shards, "--output-prefix", str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    whole, merged = told(capsys, tmp_path / "whole", tmp_path / "merged", "--verify")
+    assert whole["eod"] == merged["eod"] == {"id": EOD, "documents": 59, "rate": 1.0, "inside": 1}
+    assert whole["manifest"]["counts"] == merged["manifest"]["counts"]
+    assert told(capsys, tmp_path / "whole", "--diff", tmp_path / "merged")["same"]

@@ -2,6 +2,8 @@
 
 import shutil
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,17 @@ from megapatch.tools.preprocess import colours
 from megapatch.tools.preprocess.data_scan import Scan
 
 CORE_UINT16 = 65_536  # most ids that token_dtype_code of megatron-core 0.16.1 takes for uint16
+
+
+_TOLD = {  # what is shown of a manifest, and under which name
+    "tokenizer": "tokenizer",
+    "template": "template",
+    "options": "options",
+    "engine": "engine",
+    "special_in_text": "special",
+    "counts": "counts",
+    "truncation": "cut",
+}
 
 
 @dataclass(frozen=True)
@@ -50,12 +63,12 @@ def report(prefix: str, form: str, index: Index, found: Scan, known: Reference) 
         "lengths": found.lengths.summary(),
         "ids": {"smallest": found.smallest, "largest": found.largest, "vocab_size": known.vocab_size},
         "eod": eod,
-        "notes": notes(index, known, with_tokens),
+        "notes": notes(form, index, known),
         "problems": problems(prefix, found, known),
     }
 
 
-def notes(index: Index, known: Reference, with_tokens: int) -> list[str]:
+def notes(form: str, index: Index, known: Reference) -> list[str]:
     """What is right and yet good to know."""
     found = []
     size, dtype = known.vocab_size, index.dtype.name
@@ -65,7 +78,7 @@ def notes(index: Index, known: Reference, with_tokens: int) -> list[str]:
             f"--per-dataset-sequences-path reads uint16 up to {CORE_UINT16:,}, whatever the .idx says; mp-pretrain "
             "reads this pair rightly, with that flag it would be read as other ids"
         )
-    if known.eod_id is None and with_tokens:
+    if known.eod_id is None and form == "corpus":
         found.append("no end-of-document token is known here; with --tokenizer, its eos token is looked for")
     return found
 
@@ -135,31 +148,38 @@ def _told_of_manifest(prefix: str, manifest: Mapping[str, Any] | None) -> Iterat
     if manifest is None:
         yield _line("manifest", "none: another program made the pair, or the manifest was lost")
         return
-    tokenizer = manifest.get("tokenizer") or {}
     yield _line("manifest", f"{manifest_path(prefix)}, by {manifest.get('tool', 'an unnamed tool')}")
-    if tokenizer:
-        yield _line("tokenizer", _pairs({key: tokenizer[key] for key in tokenizer if key != "folder"}))
-        yield _line("", f"folder {tokenizer.get('folder')}")
-    for key, name in (("options",) * 2, ("engine",) * 2, ("special_in_text", "special"), ("counts",) * 2):
-        if value := manifest.get(key):
-            yield _line(name, _pairs(value) if isinstance(value, Mapping) else str(value))
+    for key, name in _TOLD.items():
+        said = manifest.get(key)
+        counted = Counter(_pairs(one) for one in (said if isinstance(said, list) else [said]) if one)
+        yield from (_line(name, f"{times} x: {text}" if times > 1 else text) for text, times in counted.items())
     sources = manifest.get("sources")
-    for name, counts in sources.items() if isinstance(sources, Mapping) else ():
-        yield _line("source", f"{name}: {_pairs(counts) if isinstance(counts, Mapping) else counts}")
+    for source, counts in sources.items() if isinstance(sources, Mapping) else ():
+        yield _line("source", f"{source}: {_pairs(counts)}")
     if inputs := manifest.get("inputs"):
         total = sum(one.get("bytes") or 0 for one in inputs)
         yield _line("inputs", f"{len(inputs):,} files, {total:,} bytes")
 
 
-def _pairs(said: Mapping[str, Any]) -> str:
-    def value(one: Any) -> str:
-        return f"{one:,}" if type(one) is int else str(one)
+def _pairs(said: Any) -> str:
+    """An object as words, without what says nothing."""
+    if not isinstance(said, Mapping):
+        return f"{said:,}" if type(said) is int else str(said)
+    given = {key: one for key, one in said.items() if one not in (None, "", [], {})}
+    return ", ".join(f"{key.replace('_', ' ')} {_value(one)}" for key, one in given.items())
 
-    return ", ".join(f"{key.replace('_', ' ')} {value(one)}" for key, one in said.items())
+
+def _value(one: Any) -> str:
+    if isinstance(one, Mapping):
+        return " ".join(f"{one[key]}" for key in one if one[key] not in (None, "", [], {}))
+    return " ".join(map(str, one)) if isinstance(one, list) else _pairs(one)
 
 
 def _line(name: str, text: str) -> str:
-    return f"{name:<10}{colours.printable(text)}"
+    """A name and its text, which goes on below itself where it is long."""
+    wide = max(60, min(120, shutil.get_terminal_size((120, 0)).columns)) - 10
+    parts = textwrap.wrap(colours.printable(text), wide, break_long_words=False, break_on_hyphens=False) or [""]
+    return "\n".join(f"{name if not i else '':<10}{part}" for i, part in enumerate(parts))
 
 
 def _share(part: int, whole: int) -> str:

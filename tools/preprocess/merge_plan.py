@@ -114,8 +114,8 @@ def merged(inputs: Sequence[Input], pairs: Mapping[str, Mapping[str, Any]]) -> d
     if all(one.tokenizer for one in inputs):
         said["tokenizer"] = manifests[0]["tokenizer"]
     said["options"] = _common([manifest.get("options") or {} for manifest in manifests])
-    if verdicts := _different([manifest["engine"] for manifest in manifests if "engine" in manifest]):
-        said["engine"] = verdicts[0] if len(verdicts) == 1 else verdicts
+    if any("engine" in manifest for manifest in manifests):
+        said["engine"] = [manifest.get("engine") for manifest in manifests]  # a verdict of each
     said["counts"] = _added([_counted(one) for one in inputs])
     for name in ("sources", "special_in_text", "truncation"):
         if any(name in manifest for manifest in manifests):
@@ -142,14 +142,6 @@ def _told(one: Input) -> dict[str, Any]:
 def _common(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all say alike."""
     return {name: value for name, value in options[0].items() if all(one.get(name) == value for one in options)}
-
-
-def _different(values: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found
 
 
 def _added(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
