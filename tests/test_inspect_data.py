@@ -276,6 +276,21 @@ def test_preference_data_are_told_by_their_pairs(tmp_path: Path, capsys: pytest.
     assert [one["prefix"] for one in told(capsys, prefix)] == [f"{prefix}_chosen", f"{prefix}_rejected"]
 
 
+def test_both_sides_of_a_preference_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str], tok: Path) -> None:
+    prefix = preference(tmp_path, tok)
+    said = told(capsys, prefix, "--mask", "--tokenizer", tok)
+    assert [one["prefix"] for one in said] == [f"{prefix}_chosen", f"{prefix}_rejected"]
+    assert [one["spans"][-1] for one in said] == [{"text": "<eos>", "special": True, "trained": True}] * 2
+
+
+def test_a_prompt_is_shown_with_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str], tok: Path) -> None:
+    prefix = write_pair(tmp_path / "data", [text("2+2?"), text("3+3?")])
+    write_pair(tmp_path / "data_answer", [b"4", "séx\x1b".encode()], np.uint8)
+    write_manifest(prefix, tok, [[]], format="prompts")
+    assert printed(capsys, prefix, "--document", 1) == f"{prefix} document 1: 4 tokens\n3+3?\nanswer: séx\\x1b\n\n"
+    assert [one["answer"] for one in told(capsys, prefix, "--document", 0)] == ["4"]
+
+
 OTHER = {  # what the other pair has: (documents, dtype, first difference, differing documents)
     "the same": (DOCUMENTS, np.uint16, None, 0),
     "another dtype": (DOCUMENTS, np.int32, None, 0),

@@ -154,27 +154,40 @@ def _tokenizer_of(prefix: str, options: Options) -> "Tokenizer":
 
 
 def _documents(options: Options) -> int:
-    from megapatch.models.data_formats import parallel
-    from megapatch.models.indexed_data import IndexedDocuments
+    from megapatch.models.data_formats import SIDES, format_of, pairs_of, parallel
+    from megapatch.models.indexed_data import IndexedDocuments, read_manifest
     from megapatch.tools.preprocess import colours
     from megapatch.tools.preprocess.show_document import Decoder, as_json, rendered
 
     said = []
     for prefix in options.prefix:
-        decoder = Decoder(_tokenizer_of(prefix, options))
-        data = IndexedDocuments(prefix)
-        mask = parallel(data, prefix, "_mask") if options.mask else None
-        for number in options.document or [0]:
-            if not -len(data) <= number < len(data):
-                raise UserError(f"--document {number}: {prefix} has {len(data):,} documents, counted from 0")
-            ids, place = data[number], number % len(data)
-            spans = decoder.spans(ids, None if mask is None else mask[number])
-            if not options.json:
-                _print([f"{prefix} document {place}: {len(ids):,} tokens", rendered(spans, colours.wanted()), ""])
-            said.append({"prefix": prefix, "document": place, "tokens": len(ids), "spans": as_json(spans)})
+        form, decoder = format_of(prefix, read_manifest(prefix)), Decoder(_tokenizer_of(prefix, options))
+        ends = pairs_of(prefix, form)
+        for end in [end for end in ends if not end.endswith(SIDES)]:
+            name = f"{prefix}{end}"
+            data = IndexedDocuments(name)
+            mask = parallel(data, name, "_mask") if options.mask else None
+            answers = IndexedDocuments(f"{name}_answer") if f"{end}_answer" in ends else None
+            for number in options.document or [0]:
+                if not -len(data) <= number < len(data):
+                    raise UserError(f"--document {number}: {name} has {len(data):,} documents, counted from 0")
+                spans = decoder.spans(data[number], None if mask is None else mask[number])
+                one = {"prefix": name, "document": number % len(data), "tokens": len(data[number])}
+                if answers is not None:
+                    one["answer"] = bytes(answers[number]).decode(errors="replace")
+                if not options.json:
+                    _print(_shown(one, rendered(spans, colours.wanted())))
+                said.append(one | {"spans": as_json(spans)})
     if options.json:
         print(json.dumps(said, ensure_ascii=False))
     return OK
+
+
+def _shown(one: dict[str, Any], text: str) -> list[str]:
+    from megapatch.tools.preprocess.colours import printable
+
+    title = f"{one['prefix']} document {one['document']}: {one['tokens']:,} tokens"
+    return [title, text, *([f"answer: {printable(one['answer'])}"] if "answer" in one else []), ""]
 
 
 def _diff(options: Options, prefix: str, other: str) -> int:
