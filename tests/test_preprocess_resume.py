@@ -44,7 +44,8 @@ def counted(original):
     return call
 
 Corpus.begin = slow
-places = {"replace": (os, "replace"), "unlink": (os, "unlink"), "fsync": (commit, "fsync"), "ftruncate": (os, "ftruncate")}
+places = {"replace": (os, "replace")}
+places |= {"unlink": (os, "unlink"), "fsync": (commit, "fsync"), "ftruncate": (os, "ftruncate")}
 if name in places:
     setattr(*places[name], counted(getattr(*places[name])))
 sys.exit(main(sys.argv[4:]))

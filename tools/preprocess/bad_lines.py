@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megapatch.tools.preprocess.ledger import Place
 from megapatch.tools.preprocess.records import Tally
 
 _LINES, _REASONS = "bad.lines", "bad.reasons"  # notes of the run
@@ -21,14 +22,21 @@ class BadLines:
         self._quarantine = quarantine
         self.paths = [] if quarantine is None else [quarantine, reasons_path(quarantine)]
 
-    def notes(self, tallies: Sequence[Tally], places: Sequence[str]) -> dict[str, bytes]:
+    def notes(self, tallies: Sequence[Tally], places: Sequence[Place]) -> dict[str, bytes]:
         """What to append for the bad lines of a chunk, which are at ``places``."""
         if self._quarantine is None:
             return {}
         found = [(tally.piece, bad) for tally in tallies for bad in tally.bad]
         reasons = [
-            {"place": place, "file": piece.path, "byte": bad.offset, "reason": bad.reason, "bytes": len(bad.raw or b"")}
-            for place, (piece, bad) in zip(places, found, strict=True)
+            {
+                "place": place,
+                "file": piece.path,
+                "line": line,
+                "byte": bad.offset,
+                "reason": bad.reason,
+                "bytes": len(bad.raw or b""),
+            }
+            for (place, line), (piece, bad) in zip(places, found, strict=True)
         ]
         lines = "".join(json.dumps(reason, ensure_ascii=False) + "\n" for reason in reasons)
         return {

@@ -12,6 +12,7 @@ from megapatch.tools.preprocess.records import Tally, place_of
 _LOG = logging.getLogger("megapatch.tools.preprocess")
 _MAX_WARNINGS = 10
 _MAX_SOURCES = 1000  # with counts of their own; those that come later are counted together
+Place = tuple[str, int | None]  # of a bad record: in words, and the number of the line or row
 OTHERS = "(all others)"
 KINDS = ("documents", "empty", "bad", "filtered", "duplicate")
 
@@ -43,10 +44,12 @@ class Ledger:
     def __post_init__(self) -> None:
         self._numbers = LineNumbers()
 
-    def read(self, tally: Tally) -> list[str]:
+    def read(self, tally: Tally) -> list[Place]:
         """Count a piece; where its bad records are; under 'fail' the first is a UserError."""
-        places = [place_of(bad, tally.piece, self._numbers) for bad in tally.bad]
-        for place, bad in zip(places, tally.bad, strict=True):
+        places = []
+        for bad in tally.bad:
+            place = place_of(bad, tally.piece, self._numbers)
+            places.append((place, self._numbers.before(tally.piece) + bad.line if bad.line else None))
             if self.on_bad_line == "fail":
                 raise BadLine(f"{place}: {bad.reason}; mend it, or leave it out with --on-bad-line skip")
             if self.bad < _MAX_WARNINGS:
