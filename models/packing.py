@@ -55,13 +55,13 @@ def make_plan(lengths: np.ndarray, seq_length: int, *, multiple: int = 1, seed: 
     check_shape(seq_length, multiple)
     assert not lengths.size or int(lengths.max()) <= seq_length, "a conversation is longer than a row"
     chance = np.random.default_rng(seed)
-    units = -(-lengths.astype(np.int64) // multiple)  # ceil
-    mixed = chance.permutation(np.flatnonzero(units))
+    units = lengths.astype(np.int32) if multiple == 1 else -(-lengths.astype(np.int32) // multiple)  # ceil
+    mixed = chance.permutation(np.flatnonzero(units).astype(np.int32))
     falling = mixed[_sorted(seq_length // multiple - units[mixed])]  # longest first, by chance where equal
     row_of, num_rows = _fill(np.bincount(units[falling], minlength=1), seq_length // multiple)
-    row_of = chance.permutation(num_rows)[row_of]
-    mixed = chance.permutation(len(row_of))
-    order = falling[mixed[_sorted(row_of[mixed])]].astype(np.int32)
+    row_of = chance.permutation(np.arange(num_rows, dtype=np.int32))[row_of]
+    mixed = chance.permutation(np.arange(len(row_of), dtype=np.int32))
+    order = falling[mixed[_sorted(row_of[mixed])]]
     bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(row_of, minlength=num_rows))])
     return Plan(seq_length, multiple, seed, bounds, order)
 
@@ -83,7 +83,7 @@ def _fill(counts: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     room that takes it. That row then has the least room again, as long as another of length l fits.
     """
     rooms = _Rooms(capacity)
-    placed = [np.zeros(0, np.int64)]
+    placed = [np.zeros(0, np.int32)]
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
         while left:
@@ -115,7 +115,7 @@ class _Rooms:
             room = self.capacity
             new = -(-count // (room // length))
             self.opened += new
-            return room, np.arange(self.opened - new, self.opened)
+            return room, np.arange(self.opened - new, self.opened, dtype=np.int32)
         stack, needed = self._rows[room], -(-count // (room // length))
         rows = stack.pop()
         if len(rows) > needed:
