@@ -1,5 +1,6 @@
 """mp-train-tokenizer: a folder that transformers loads, the same each time, with any text encodable."""
 
+import gzip
 import json
 import os
 import signal
@@ -111,6 +112,79 @@ def test_json_lines_teach_the_same_as_their_text(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tmp_path / "two" / "tokenizer.json").read_bytes()
 
 
+_TEMPLATE = """{{ eos_token }}{% for message in messages %}
+[{{ message.role }}]<|begin|>{{ message.content }}<|end|>
+{%- endfor %}{% if add_generation_prompt %}[assistant]<|begin|>{% endif %}
+"""
+
+
+def test_a_template_of_ones_own_is_rendered_by_transformers(source: Path, tmp_path: Path) -> None:
+    import transformers
+
+    (tmp_path / "chat.jinja").write_text(_TEMPLATE)
+    more = ("--chat-template", str(tmp_path / "chat.jinja"), "--special-tokens", "<|eot|>", "<|begin|>", "<|end|>")
+    assert train(source, tmp_path / "tok", *more) == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "tok"))
+    assert theirs.chat_template == _TEMPLATE
+    assert theirs.apply_chat_template(MESSAGES[1:3], tokenize=False, add_generation_prompt=True) == (
+        "<|eot|>[user]<|begin|>Hi<|end|>[assistant]<|begin|>Hello!<|end|>[assistant]<|begin|>"
+    )
+    ids = theirs.apply_chat_template(MESSAGES[1:2], return_dict=True)["input_ids"]
+    assert [ids.count(i) for i in range(3)] == [1, 1, 1] and ids[-1] == 2
+    assert Tokenizer(tmp_path / "tok").stop_ids == (0, 2)
+
+
+TEMPLATES = [
+    ("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", "uses <|user|>, which are no --special-tokens"),
+    (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% endfor %}",
+        "uses <|assistant|> <|user|>, which are no --special-tokens",
+    ),
+    ("{% for m in messages %}", "chat.jinja: line 1: not a chat template"),
+    ("caf\xe9", "--chat-template chat.jinja: not UTF-8 at byte 3"),
+    (None, "chat.jinja: No such file"),
+]
+
+
+@pytest.mark.parametrize("template, message", TEMPLATES, ids=[one[1][:26] for one in TEMPLATES])
+def test_a_template_that_cannot_work_is_refused_before_learning(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    template: str | None,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if template is not None:
+        Path("chat.jinja").write_text(template, encoding="latin-1")
+    assert train(source, tmp_path / "tok", "--chat-template", "chat.jinja") == 1
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "tok").exists()
+
+
+def test_several_keys_of_compressed_lines_teach_and_bad_lines_are_put_aside(tmp_path: Path) -> None:
+    lines = TEXT.splitlines(keepends=True)
+    good = [json.dumps({"a": line, "b": {"c": line[::-1]}}) for line in lines]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join([*good[:9], '{"a": 1}', "", *good[9:]]).encode()))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"a": line, "b.c": line[::-1]}) + "\n" for line in lines))
+    keep = ("--on-bad-line", f"quarantine={tmp_path}/bad")
+    assert train(tmp_path / "a.jsonl.gz", tmp_path / "one", "--text-key", "a", "b.c", *keep) == 0
+    assert train(tmp_path / "b.jsonl", tmp_path / "two", "--text-key", "a", "b.c") == 0
+    assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tmp_path / "two" / "tokenizer.json").read_bytes()
+    counts = json.loads((tmp_path / "one" / "manifest.json").read_text())["counts"]
+    assert counts == {"lines": len(lines) + 2, "documents": len(lines), "empty": 1, "bad": 1}
+    assert (tmp_path / "bad").read_bytes() == b'{"a": 1}\n'
+    reason = json.loads((tmp_path / "bad.reasons.jsonl").read_text())
+    offset = len("\n".join([*good[:9], ""]).encode())
+    assert (reason["place"], reason["reason"]) == (
+        f"{tmp_path}/a.jsonl.gz:10 (byte {offset})",
+        "'a' is a number, expected a string",
+    )
+    assert train(tmp_path / "a.jsonl.gz", tmp_path / "three", "--text-key", "a", *keep) == 1  # never over a file
+
+
 def test_too_little_text_gives_fewer_tokens_and_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("ab ab")
     assert train(tmp_path / "text.txt", tmp_path / "tok") == 0
@@ -120,7 +194,7 @@ def test_too_little_text_gives_fewer_tokens_and_says_so(tmp_path: Path, capfd: p
 
 FAILURES = [
     (b"\xff", (), "text.txt (byte 0): not UTF-8"),
-    (b"", (), "no documents in --input (1 empty, 0 bad)"),
+    (b"", (), "no documents in --input (1 lines = 0 documents + 1 empty + 0 bad"),
     (b"ab", ("--format", "jsonl"), "text.txt:1 (byte 0): not JSON"),
 ]
 

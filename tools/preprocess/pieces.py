@@ -30,11 +30,6 @@ class Piece:
     group: int = -1  # of a parquet file: the row group
     columns: tuple[str, ...] = ()
 
-    @property
-    def jsonl(self) -> bool:
-        """Is it made of lines?"""
-        return self.kind != "text"
-
     def read(self) -> bytes:
         """The bytes of the piece; a file that changed since it was cut is a UserError."""
         if self.data is not None:
@@ -65,9 +60,6 @@ class Chunk:
 
     def __iter__(self) -> Iterator[Piece]:
         return iter(self.pieces)
-
-    def __getitem__(self, i: int) -> Piece:
-        return self.pieces[i]
 
     @property
     def input_bytes(self) -> int:

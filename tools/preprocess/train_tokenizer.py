@@ -2,23 +2,27 @@
 
 import json
 import logging
+import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
 from megapatch.models.cli import UserError, opt, run
-from megapatch.models.commit import refuse_existing, staged_folder
-from megapatch.tools.preprocess.inputs import InputOptions, LineNumbers, Source, chunks, find_sources, total_bytes
+from megapatch.models.commit import refuse_existing, staged_file, staged_folder
+from megapatch.tools.preprocess.bad_lines import BadLines
+from megapatch.tools.preprocess.inputs import InputOptions, Source, chunks, find_sources, total_bytes
+from megapatch.tools.preprocess.ledger import Ledger
 from megapatch.tools.preprocess.progress import Progress
-from megapatch.tools.preprocess.records import Tally, place_of, read_records, text_of
+from megapatch.tools.preprocess.records import Tally, read_records, text_of
+from megapatch.tools.preprocess.tokenizer_files import CHATML_TOKENS, read_template, side_files
 
 _LOG = logging.getLogger("megapatch.tools.preprocess")
 _CHUNK_BYTES = 1 << 20
-_MAX_WARNINGS = 10
 _NUM_BYTES = 256  # every byte is a token, so that any text can be encoded
 # How text is cut into words before merging: contractions, letters with one character before them, single digits,
 # punctuation, line ends, spaces. The pattern of the Qwen2 tokenizer.
@@ -26,27 +30,9 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-# The generation tags mark what an assistant says, so that a loss mask can be made from them.
-_CHATML = """\
-{%- for message in messages %}
-{%- if message['role'] == 'assistant' %}
-{{- '<|im_start|>assistant\\n' }}
-{%- generation %}
-{{- message['content'] + '<|im_end|>' }}
-{%- endgeneration %}
-{{- '\\n' }}
-{%- else %}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
 EXAMPLES = """examples:
   mp-train-tokenizer --input /usr/lib/python3.11 --glob '*.py' --on-bad-line skip --vocab-size 8192 --output tok
-  mp-train-tokenizer --input wiki.jsonl books.jsonl --vocab-size 32000 --chat-template chatml --output tok"""
+  mp-train-tokenizer --input 'wiki/*.jsonl.gz' books.jsonl --vocab-size 32000 --chat-template chatml --output tok"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +49,11 @@ class Options(InputOptions):
         nargs="+",
         metavar="TOKEN",
     )
-    chat_template: Literal["none", "chatml"] = opt(
-        "chatml: add <|im_start|> and <|im_end|>, and the template that puts them around messages", "none"
+    chat_template: str = opt(
+        "chatml: add <|im_start|> and <|im_end|>, and the template that puts them around messages; FILE: that Jinja "
+        "template, whose own markers --special-tokens must name",
+        "none",
+        metavar="none|chatml|FILE",
     )
     min_frequency: int = opt("how often a pair must occur to be merged", 2, metavar="TIMES")
     output: Path = opt("folder to make", metavar="DIR")
@@ -72,8 +61,6 @@ class Options(InputOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.quarantine:
-            raise ValueError(f"--on-bad-line {self.on_bad_line}: a tokenizer keeps no bad lines; expected fail or skip")
         least = _NUM_BYTES + len(self.all_special)
         if self.vocab_size < least:
             raise ValueError(f"--vocab-size {self.vocab_size}: expected {least} or more (256 bytes and special tokens)")
@@ -85,63 +72,63 @@ class Options(InputOptions):
     @property
     def all_special(self) -> list[str]:
         """The special tokens in the order of their ids."""
-        return [*self.special_tokens, *(_CHATML_TOKENS if self.chat_template == "chatml" else ())]
-
-
-@dataclass
-class Counts:
-    """lines (or rows, or texts) = documents + empty + bad; bad ones are told with their place."""
-
-    lines: int = 0
-    documents: int = 0
-    empty: int = 0
-    bad: int = 0
-    _numbers: LineNumbers = field(default_factory=LineNumbers)
-
-    def add(self, tally: Tally, on_bad_line: str) -> None:
-        """Count a piece; under 'fail' its first bad line is a UserError."""
-        for bad in tally.bad if self.bad < _MAX_WARNINGS else ():
-            where = f"{place_of(bad, tally.piece, self._numbers)}: {bad.reason}"
-            if on_bad_line == "fail":
-                raise UserError(f"{where}; mend it, or leave it out with --on-bad-line skip")
-            _LOG.warning("%s; skipped", where)
-        self.lines += tally.num_lines
-        self.empty += tally.num_blank
-        self.bad += tally.num_bad
-
-    def close(self) -> None:
-        """Check that the counts add up, and say how many bad lines were left out."""
-        assert self.lines == self.documents + self.empty + self.bad, f"lines lost: {self}"
-        if self.bad:
-            _LOG.warning("%s bad lines skipped of %s", f"{self.bad:,}", f"{self.lines:,}")
-        if not self.documents:
-            raise UserError(f"no documents in --input ({self.empty:,} empty, {self.bad:,} bad); nothing was written")
+        return [*self.special_tokens, *(CHATML_TOKENS if self.chat_template == "chatml" else ())]
 
 
 def train_tokenizer(options: Options) -> None:
     """Learn from all inputs, then write the folder; nothing is written if that fails."""
     refuse_existing(options.output, options.force)
+    template = read_template(options.chat_template, options.all_special)
     sources = find_sources(options)
-    counts = Counts()
-    backend = learn(options, sources, counts)
-    found = backend.get_vocab_size()
-    if found < options.vocab_size:
-        _LOG.warning(
-            "%s tokens learned, %s asked: the text has no more pairs that occur %s times",
-            f"{found:,}",
-            f"{options.vocab_size:,}",
-            options.min_frequency,
-        )
-    about = describe(options, sources, counts, found)
-    with staged_folder(options.output, tool="mp-train-tokenizer", force=options.force, about=about) as folder:
-        backend.save(str(folder / "tokenizer.json"))
-        for name, content in side_files(options).items():
-            text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
+    ledger = Ledger(options.on_bad_line)
+    with Quarantine(options) as quarantine:
+        backend = learn(options, sources, ledger, quarantine)
+        found = backend.get_vocab_size()
+        if found < options.vocab_size:
+            _LOG.warning(
+                "%s tokens learned, %s asked: the text has no more pairs that occur %s times",
+                f"{found:,}",
+                f"{options.vocab_size:,}",
+                options.min_frequency,
+            )
+        about = describe(options, sources, ledger, found)
+        with staged_folder(options.output, tool="mp-train-tokenizer", force=options.force, about=about) as folder:
+            backend.save(str(folder / "tokenizer.json"))
+            for name, content in side_files(options.all_special, template).items():
+                text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                (folder / name).write_text(text, encoding="utf-8")
     _LOG.info("%s tokens -> %s", f"{found:,}", options.output)
 
 
-def learn(options: Options, sources: list[Source], counts: Counts) -> Any:
+class Quarantine:
+    """The two files of --on-bad-line quarantine=FILE, which appear when the run succeeds."""
+
+    def __init__(self, options: Options) -> None:
+        self._bad_lines, self._stack = BadLines(options.quarantine), ExitStack()
+        self._files: list[BinaryIO] = []
+        for path in self._bad_lines.paths:
+            if path.exists() and not options.force:
+                raise UserError(f"{path}: exists already; name another file, or replace it with --force")
+
+    def __enter__(self) -> "Quarantine":
+        self._files = [self._stack.enter_context(TemporaryFile()) for _ in self._bad_lines.paths]  # type: ignore[misc]
+        return self
+
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        with self._stack:
+            for path, file in zip(self._bad_lines.paths, self._files, strict=True):
+                if kind is None:
+                    file.seek(0)
+                    with staged_file(path) as stage, stage.open("wb") as kept:
+                        shutil.copyfileobj(file, kept)
+
+    def put(self, tally: Tally, places: Sequence[tuple[str, int | None]]) -> None:
+        """Keep the bad lines of a piece."""
+        for file, data in zip(self._files, self._bad_lines.notes([tally], places).values(), strict=True):
+            file.write(data)
+
+
+def learn(options: Options, sources: list[Source], ledger: Ledger, quarantine: Quarantine) -> Any:
     """A trained tokenizers.Tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -161,25 +148,27 @@ def learn(options: Options, sources: list[Source], counts: Counts) -> Any:
         show_progress=sys.stderr.isatty(),
     )
     with interruptible():
-        backend.train_from_iterator(texts(options, sources, counts), trainer)
-    counts.close()
+        backend.train_from_iterator(texts(options, sources, ledger, quarantine), trainer)
+    ledger.close()
+    if not ledger.documents:
+        raise UserError(f"no documents in --input ({ledger.line()}); nothing was written")
     return backend
 
 
-def texts(options: Options, sources: list[Source], counts: Counts) -> Iterator[str]:
+def texts(options: Options, sources: list[Source], ledger: Ledger, quarantine: Quarantine) -> Iterator[str]:
     """The documents of all inputs, one chunk in memory at a time."""
-    take = text_of(options.text_key)
+    take, keep = text_of(options.text_key), options.quarantine is not None
     with Progress(total_bytes(sources)) as progress:
         for chunk in chunks(sources, _CHUNK_BYTES, shard=options.part):
             for piece in chunk:
-                records = read_records(piece, take)
-                counts.add(records.tally, options.on_bad_line)
+                records = read_records(piece, take, keep_raw=keep)
+                quarantine.put(records.tally, ledger.read(records.tally))
+                num_empty = sum(not any(found) for found in records.taken)
+                ledger.settle(piece.path, {"documents": len(records.taken) - num_empty, "empty": num_empty})
                 for found in records.taken:
-                    counts.documents += any(found)
-                    counts.empty += not any(found)
                     yield from found
             progress.add(chunk.input_bytes)
-        _LOG.info("%s documents, %s; learning merges", f"{counts.documents:,}", progress.line())
+        _LOG.info("%s; learning merges", progress.line())
 
 
 @contextmanager
@@ -192,40 +181,14 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def describe(options: Options, sources: list[Source], counts: Counts, vocab_size: int) -> dict[str, Any]:
+def describe(options: Options, sources: list[Source], ledger: Ledger, vocab_size: int) -> dict[str, Any]:
     """What the folder's manifest says besides its files."""
     return {
         "vocab_size": vocab_size,
         "special_tokens": options.all_special,
-        "counts": {name: getattr(counts, name) for name in ("lines", "documents", "empty", "bad")},
+        "counts": {name: getattr(ledger, name) for name in ("lines", "documents", "empty", "bad")},
         "inputs": {"files": len(sources), "bytes": total_bytes(sources)},
     }
-
-
-def side_files(options: Options) -> dict[str, Any]:
-    """The files beside tokenizer.json, by name: text, or a value to be written as JSON."""
-    special = options.all_special
-    end = special[0]
-    ends = [token for token in (end, "<|im_end|>") if token in special]
-    tokens: dict[str, Any] = {"eos_token": end, "pad_token": end}
-    if others := [token for token in special if token != end]:
-        tokens["additional_special_tokens"] = others
-    stop = [special.index(token) for token in ends]
-    files: dict[str, Any] = {
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **tokens,
-        },
-        "special_tokens_map.json": tokens,
-        "generation_config.json": {
-            "eos_token_id": stop if len(stop) > 1 else stop[0],
-            "pad_token_id": special.index(end),
-        },
-    }
-    if options.chat_template == "chatml":
-        files["chat_template.jinja"] = _CHATML
-    return files
 
 
 def main(argv: list[str] | None = None) -> int:
