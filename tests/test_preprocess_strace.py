@@ -123,7 +123,7 @@ def kill_at(case: Case, most: int) -> None:
 
 @needs_strace
 def test_a_kill_at_a_system_call_of_each_kind_leaves_nothing_torn_and_can_be_resumed(case: Case) -> None:
-    kill_at(case, 2)
+    kill_at(case, 3)
 
 
 @needs_strace
