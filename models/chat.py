@@ -12,6 +12,7 @@ from megapatch.models.chat_template import ChatError, Message, Rendered, Span, T
 ASSISTANT = "assistant"
 OnRewritten = Literal["fail", "split", "keep"]
 _REASONING = "reasoning_content"
+_SHOWN = 30  # characters of a text in messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +94,14 @@ class Renderer:
         return Sample(text, [span for span, _ in kept], [weight for _, weight in kept])
 
     @cached_property
-    def _ends(self) -> tuple[str, ...]:
-        return tuple(self.ends)
+    def texts_of_ends(self) -> tuple[str, ...]:
+        """``ends`` without empty ones, as str.endswith takes them."""
+        return tuple(filter(None, self.ends))
 
     def trimmed(self, text: str, start: int, end: int) -> Span:
         """A turn without the blanks after its last special token, which the model never says."""
         last = len(text[start:end].rstrip())
-        return (start, start + last) if text[start : start + last].endswith(self._ends) else (start, end)
+        return (start, start + last) if text[start : start + last].endswith(self.texts_of_ends) else (start, end)
 
 
 class _Turns:
@@ -137,9 +139,12 @@ class _Turns:
 
     def _refuse(self, left: list[int], number: int) -> None:
         if left[-1] + 1 == number:
+            before, said = self.upto(number - 1, prompt=True).text, self.upto(number).text
+            written = said[max(0, len(before) - _SHOWN) :][: 2 * _SHOWN]
             raise ChatError(
-                f"message {number}: its text does not begin with the template's generation prompt, so that where the "
-                "assistant begins is unknown; give a template with generation tags"
+                f"message {number}: the generation prompt ends with {before[-_SHOWN:]!r}, but the turn is written "
+                f"{written!r}, so that where the assistant begins is unknown; "
+                "see --template-arguments, or give a template with generation tags"
             )
         if self.renderer.on_rewritten == "fail":
             raise ChatError(
@@ -150,15 +155,35 @@ class _Turns:
     def spans(self, turn: int, whole: Rendered) -> list[Span] | None:
         """What ``turn`` says in ``whole``; None where it does not read there as when it was said."""
         said = self.upto(turn + 1)
-        if not whole.text.startswith(said.text):
+        end = self._shared(said.text, whole.text)
+        if end is None:
             return None
         if self.template.tagged:
-            num_before = len(self.upto(turn).spans)
-            return said.spans[num_before:] if whole.spans[: len(said.spans)] == said.spans else None
+            kept = [span for span in said.spans if span[1] <= end]
+            later = said.spans[len(kept) :]
+            same = whole.spans[: len(kept)] == kept and all(start >= end for start, _ in later)
+            return kept[len(self.upto(turn).spans) :] if same else None
         before = self.upto(turn, prompt=True).text
         if not said.text.startswith(before):
             return None
-        return [self.renderer.trimmed(said.text, len(before), len(said.text))]
+        return [self.renderer.trimmed(said.text, len(before), end)]
+
+    def _shared(self, said: str, whole: str) -> int | None:
+        """Where in both the turn ends that ``said`` ends with; None where ``whole`` reads otherwise.
+
+        Phi-3 writes an end of the conversation after its last turn, which is no part of the turn.
+        """
+        if whole.startswith(said):
+            return len(said)
+        ends = self.renderer.texts_of_ends
+        same = next((i for i, (a, b) in enumerate(zip(said, whole, strict=False)) if a != b), len(whole))
+        end = max((at + len(token) for token in ends if (at := said.rfind(token, 0, same)) >= 0), default=0)
+        while end < same and said[end].isspace():
+            end += 1
+        closing = said[end:]
+        for token in ends:
+            closing = closing.replace(token, "")
+        return None if closing.strip() else end
 
 
 def _says(text: str, message: Message) -> bool:
@@ -183,13 +208,17 @@ def generation_prompt(template: Template) -> str:
 
 
 def untrained_end(template: Template, specials: Sequence[str]) -> str | None:
-    """The special token that the template writes just after what its tags mark in a turn; None where it marks all."""
+    """What of a turn's end is not trained, in words; None where each turn is trained to its end."""
     try:
         said = template.render([_ASK, _SAY])
     except ChatError:
         return None
+    if not template.tagged:
+        ended = said.text.rstrip().endswith(tuple(filter(None, specials)))
+        return None if ended else "the chat template writes no special token after a turn"
     rest = said.text[said.spans[-1][1] :].lstrip() if said.spans else ""
-    return next((token for token in specials if token and rest.startswith(token)), None)
+    token = next((token for token in specials if token and rest.startswith(token)), None)
+    return f"the generation tags of the chat template leave out {token}, which ends a turn" if token else None
 
 
 @cache

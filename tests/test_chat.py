@@ -136,8 +136,27 @@ def test_generation_prompts_are_trained_when_asked_for():
 
 def test_a_generation_prompt_that_its_own_turn_lacks_is_refused():
     text = chat_data.untagged(chat_data.CHATML).replace("assistant\\n' }}{% endif", "assistant\\n<think>' }}{% endif")
-    with pytest.raises(ChatError, match="message 2: its text does not begin with the template's generation prompt"):
+    with pytest.raises(ChatError, match=r"message 2: the generation prompt ends with '.*<think>', but the turn"):
         renderer(text).samples(Chat([ASK, SAY]))
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+def test_what_closes_a_conversation_is_no_rewritten_history(tagged):
+    text = (chat_data.CHATML if tagged else chat_data.untagged(chat_data.CHATML)) + "{{ eos_token }}"
+    text = text.replace("{{ eos_token }}", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+    (sample,) = renderer(text).samples(Chat([ASK, SAY, ASK, SAY]))
+    closed = "so  <|im_end|>" if tagged else "so  <|im_end|>\n</s>"
+    assert said(sample) == ["so  <|im_end|>", closed]
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+def test_a_last_turn_that_ends_otherwise_is_rewritten_history(tagged):
+    text = chat_data.CHATML if tagged else chat_data.untagged(chat_data.CHATML)
+    text = text.replace(
+        "message.content + '<|im_end|>'", "message.content + ('</s>' if loop.last else '<|im_end|>')", 1
+    )
+    samples = renderer(text, on_rewritten="split").samples(Chat([ASK, SAY, ASK, SAY]))
+    assert [said(sample) for sample in samples] == [["so  </s>"], ["so  </s>"]]
 
 
 def test_tags_that_leave_out_the_end_of_a_turn_are_told():
@@ -145,7 +164,10 @@ def test_tags_that_leave_out_the_end_of_a_turn_are_told():
         "message.content + '<|im_end|>' }}{% endgeneration %}",
         "message.content }}{% endgeneration %}{{ '<|im_end|>' }}",
     )
-    assert untrained_end(template(text), ENDS) == "<|im_end|>"
+    assert "leave out <|im_end|>" in (untrained_end(template(text), ENDS) or "")
+    assert "no special token" in (
+        untrained_end(template("{% for m in messages %}{{ m.content }}{% endfor %}"), ENDS) or ""
+    )
     assert untrained_end(template(chat_data.CHATML), ENDS) is None
 
 

@@ -56,8 +56,8 @@ class Encoded:
 class Encoder:
     """Texts to ids as EncodeOptions say; made before workers are forked, and then used in them."""
 
-    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
-        self.around = Around.of(tokenizer, options.bos, options.eod == "yes")
+    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions, around: Around | None = None) -> None:
+        self.around = around or Around.of(tokenizer, options.bos, options.eod == "yes")
         self.special = Special(tokenizer, options.special_in_text)
         self.dtype = dtype_for(tokenizer.vocab_size)
         self.reference = Reference(tokenizer)

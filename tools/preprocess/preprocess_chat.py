@@ -65,12 +65,8 @@ def make_renderer(options: Options, tokenizer: "Tokenizer") -> "Renderer":
     if options.train_generation_prompt and not generation_prompt(template):
         raise UserError("--train-generation-prompt: the chat template has no generation prompt; leave it out")
     specials = tuple(tokenizer.special_tokens.values())
-    if left_out := untrained_end(template, specials):
-        _LOG.warning(
-            "the generation tags of the chat template leave out %s, which ends a turn: it will not be trained, and the "
-            "model may not learn to stop; mend the template with --template FILE",
-            left_out,
-        )
+    if why := untrained_end(template, specials):
+        _LOG.warning("%s, so the model may not learn to stop; another template can be given with --template FILE", why)
     return Renderer(
         template,
         with_tools,
@@ -84,6 +80,7 @@ def _worker(options: Options, tokenizer: "Tokenizer", renderer: "Renderer") -> "
     from megapatch.models.chat_literal import LiteralEncoder
     from megapatch.models.chat_mask import Masker
     from megapatch.models.chat_special import Special
+    from megapatch.tools.preprocess.around import Around
     from megapatch.tools.preprocess.chat_records import taker
     from megapatch.tools.preprocess.chat_texts import Texts
     from megapatch.tools.preprocess.chat_work import Worker
@@ -94,7 +91,7 @@ def _worker(options: Options, tokenizer: "Tokenizer", renderer: "Renderer") -> "
     masked = options.format_of_output != "prompts"
     return Worker(
         Texts(taker(options.chat_format), renderer, special, options.special_in_text, options.message_weights),
-        Encoder(tokenizer, EncodeOptions(bos="no", eod="no", engine=options.engine)),  # the template writes them
+        Encoder(tokenizer, EncodeOptions(engine=options.engine), Around()),  # the template writes bos and eod
         Masker(tokenizer, literal.encode if literal else None) if masked else None,
         literal,
         2 if options.format_of_output == "preference" else 1,
