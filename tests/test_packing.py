@@ -76,7 +76,7 @@ def test_many_different_lengths_take_no_longer_than_a_moment() -> None:
     started = time.process_time()
     plan = packing.make_plan(lengths, 131_072)
     assert time.process_time() - started < 5  # 0.3 where nothing else runs
-    assert lengths.sum(dtype=np.int64) / (plan.num_rows * 131_072) >= 0.998
+    assert lengths.sum(dtype=np.int64) / (plan.num_rows * 131_072) >= 0.995
 
 
 def test_the_plan_depends_on_the_seed_alone() -> None:
