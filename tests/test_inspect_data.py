@@ -393,6 +393,16 @@ def test_a_tokenizer_that_is_gone_or_changed_is_named(
     assert "tok: no such folder, but" in capsys.readouterr().err
 
 
+def test_of_many_sources_the_largest_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str], tok: Path) -> None:
+    for number in range(13):
+        (tmp_path / f"{number:02}.txt").write_text("ab " * (number + 1))
+    made = ["--glob", "*.txt", "--tokenizer", str(tok), "--output-prefix", str(tmp_path / "out")]
+    assert preprocess(["--input", str(tmp_path), *made, "--workers", "1"]) == 0
+    assert main([str(tmp_path / "out")]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("source")]
+    assert len(shown) == 11 and "12.txt" in shown[0] and "03.txt" in shown[9] and "and 3 more" in shown[10]
+
+
 def test_what_the_tools_write_verifies_and_merged_shards_are_the_whole(
     tmp_path: Path, tok: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

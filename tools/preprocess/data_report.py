@@ -6,6 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from heapq import nlargest
 from typing import Any
 
 from megapatch.models.commit import digest
@@ -15,7 +16,7 @@ from megapatch.tools.preprocess import colours
 from megapatch.tools.preprocess.data_scan import Scan
 
 CORE_UINT16 = 65_536  # most ids that token_dtype_code of megatron-core 0.16.1 takes for uint16
-
+_NUM_SOURCES = 10  # shown to people
 
 _TOLD = {  # what is shown of a manifest, and under which name
     "tokenizer": "tokenizer",
@@ -154,11 +155,19 @@ def _told_of_manifest(prefix: str, manifest: Mapping[str, Any] | None) -> Iterat
         counted = Counter(_pairs(one) for one in (said if isinstance(said, list) else [said]) if one)
         yield from (_line(name, f"{times} x: {text}" if times > 1 else text) for text, times in counted.items())
     sources = manifest.get("sources")
-    for source, counts in sources.items() if isinstance(sources, Mapping) else ():
-        yield _line("source", f"{source}: {_pairs(counts)}")
+    yield from _told_of_sources(sources if isinstance(sources, Mapping) else {})
     if inputs := manifest.get("inputs"):
         total = sum(one.get("bytes") or 0 for one in inputs)
         yield _line("inputs", f"{len(inputs):,} files, {total:,} bytes")
+
+
+def _told_of_sources(sources: Mapping[str, Any]) -> Iterator[str]:
+    """Those with the most tokens; all of them are in the manifest."""
+    shown = nlargest(_NUM_SOURCES, sources, key=lambda name: (sources[name] or {}).get("tokens", 0))
+    for name in shown:
+        yield _line("source", f"{name}: {_pairs(sources[name])}")
+    if len(shown) < len(sources):
+        yield _line("source", f"and {len(sources) - len(shown):,} more with fewer tokens, named in the manifest")
 
 
 def _pairs(said: Any) -> str:
