@@ -9,7 +9,7 @@ from typing import Any
 from megapatch.models.chat_template import Template, compile_template
 from megapatch.models.cli import UserError
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.models.tokenizer_engine import SPECIAL, token_text
+from megapatch.models.tokenizer_folder import SPECIAL, token_text
 
 _DEFAULT, _TOOLS = "default", "tool_use"  # the name that transformers looks for when a conversation has tools
 

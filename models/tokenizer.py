@@ -12,7 +12,8 @@ import numpy as np
 
 from megapatch.models.cli import UserError
 from megapatch.models.commit import digest
-from megapatch.models.tokenizer_engine import FAST, Fast, Folder, load, token_text
+from megapatch.models.tokenizer_engine import FAST, Fast, load
+from megapatch.models.tokenizer_folder import Folder, token_text
 
 VOCABULARIES = (
     FAST,

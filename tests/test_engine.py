@@ -209,3 +209,11 @@ def test_any_text_of_safe_characters_is_the_same_to_both(both: tuple[Reference, 
     reference, choice = both
     left_out = outside(texts, choice.risky)
     assert all_same(choice, reference, [text for number, text in enumerate(texts) if number not in left_out])
+
+
+def test_an_id_beyond_the_vocabulary_is_not_stored(folder: Path) -> None:
+    tokenizer = Tokenizer(folder)
+    tokenizer.vocab_size = 50  # what a tokenizer that is Python code may claim
+    with pytest.raises(UserError, match=r"gives id \d+, but its vocabulary ends before 50; correct the vocabulary"):
+        Reference(tokenizer).encode(["plain text"])
+    assert str(choose(Reference(tokenizer), "auto").reason).endswith("has 600 ids, tokenizers 50")

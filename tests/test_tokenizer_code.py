@@ -23,7 +23,7 @@ def tools(folder: Path, to: Path) -> dict[str, tuple[Callable[[list[str]], int],
     write(to, "config.json", model_type="llama", rms_norm_eps=1e-6, max_position_embeddings=64, **tiny)
     train = ["--model", str(to / "model"), "--data-path", str(to / "data"), "--train-iters", "1", "--dry-run"]
     return {
-        "mp-preprocess": (preprocess, [*text, "--output-prefix", str(to / "data")]),
+        "mp-preprocess": (preprocess, [*text, "--output-prefix", str(to / "data"), "--bos", "no", "--eod", "no"]),
         "mp-new-model": (new_model, model),
         "mp-pretrain": (pretrain, [*train, "--save", str(to / "run"), "--seq-length", "2", "--global-batch-size", "1"]),
         "mp-generate": (generate, ["--model", str(to / "model"), "--prompt", "hé", "--max-new-tokens", "1"]),

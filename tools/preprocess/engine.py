@@ -40,6 +40,11 @@ class Reference:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32 [tokens]."""
         ids, lengths = self.tokenizer.encode_flat(texts)
+        if len(ids) and ids.max() >= self.tokenizer.vocab_size:  # Python code of a folder may do so
+            raise UserError(
+                f"{self.tokenizer.folder}: gives id {ids.max()}, but its vocabulary ends before "
+                f"{self.tokenizer.vocab_size}; correct the vocabulary: ids would be stored wrongly"
+            )
         ends = np.cumsum(lengths).tolist()
         return [ids[start:end] for start, end in pairwise([0, *ends])]
 
@@ -64,7 +69,11 @@ def choose(reference: Reference, wanted: str) -> Choice:
         return Choice(None, "--engine tokenizers", table)
     try:
         engine = Gigatoken(reference.tokenizer)
-        return Choice(engine, None, table, compare(reference, engine, table))
+        compared = compare(reference, engine, table)
+        _LOG.info(
+            "engine %s %s: the ids of %s on %s hard texts", engine.name, engine.version, REFERENCE, f"{compared:,}"
+        )
+        return Choice(engine, None, table, compared)
     except Unusable as error:
         if wanted != "auto":
             raise UserError(f"--engine {wanted}: {error}; use --engine auto or tokenizers") from None

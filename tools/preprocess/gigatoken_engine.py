@@ -36,6 +36,8 @@ class Gigatoken:
             if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
                 raise
             raise Unusable(f"gigatoken {self.version} cannot load {tokenizer.folder} ({_reason(error)})") from error
+        if backend.vocab_size > tokenizer.vocab_size:  # ids are stored in as few bytes as the vocabulary needs
+            raise Unusable(f"gigatoken {self.version} has {backend.vocab_size} ids, tokenizers {tokenizer.vocab_size}")
         self._encode, self._prepared = backend.encode, fast.prepared
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
