@@ -195,7 +195,11 @@ def test_an_interrupted_run_is_gone_on_with_or_replaced_only_when_asked(
         assert main([*case.argv, *more, "--resume"]) == 1
         assert said in capfd.readouterr().err
     case.resume()
-    assert main([*case.argv, "--resume"]) == 1
+    before = case.files()
+    assert main([*case.argv, "--resume"]) == 0
+    assert "data: complete already, by the same options and inputs" in capfd.readouterr().err
+    assert case.files() == before and not Path(f"{case.prefix}.partial").exists()
+    assert main([*case.argv, "--max-tokens", "9", "--resume"]) == 1
     assert "exists already" in capfd.readouterr().err
     interrupted(case)
     assert main([*case.argv, "--force"]) == 0

@@ -1,5 +1,6 @@
 """The end of a run: indices and manifests of all outputs, put in place together, every .idx last."""
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,8 +27,17 @@ def refuse_existing(job: Job[Any], force: bool) -> None:
             raise UserError(f"{path}: exists already; choose another --output-prefix, {advice}")
 
 
-def publish(state: RunState, job: Job[Any], inputs: Sequence[Mapping[str, Any]], stopping: Stopping) -> list[Written]:
-    """Write what is missing and rename everything; all outputs appear or none."""
+def complete(job: Job[Any], prefix: Path, run: str) -> bool:
+    """Whether the run of this digest has finished: its manifests say so."""
+    found = [manifest_path(one) for one in {prefix, *(output.prefix for output in job.outputs)}]
+    said = [json.loads(path.read_bytes()) for path in found if path.is_file()]
+    return bool(said) and all(isinstance(one, dict) and one.get("run") == run for one in said)
+
+
+def publish(
+    state: RunState, job: Job[Any], inputs: Sequence[Mapping[str, Any]], run: str, stopping: Stopping
+) -> list[Written]:
+    """Write what is missing and rename everything; all outputs appear or none. Manifests get the run's digest."""
     state.save()
     kept = [number for number, keep in enumerate(job.kept()) if keep]
     with stopping.at_rest():  # digests take a while
@@ -36,7 +46,7 @@ def publish(state: RunState, job: Job[Any], inputs: Sequence[Mapping[str, Any]],
     for position, (path, content) in enumerate(job.files(written, inputs, state.folder).items()):
         stage = content if isinstance(content, Path) else state.folder / f"{position}.file"
         if isinstance(content, bytes):
-            stage.write_bytes(content)
+            stage.write_bytes(_with_run(path, content, run))
         small.append((_near(stage, _target(path)), _target(path)))
     bins = [(state.folder / f"{n}.bin", _target(bin_path(job.outputs[n].prefix))) for n in kept]
     indices = [(state.folder / f"{n}.idx", _target(idx_path(job.outputs[n].prefix))) for n in kept]
@@ -53,6 +63,12 @@ def _finish(state: RunState, number: int, output: Output) -> Written:
     num_bytes = binary.stat().st_size
     assert state.sizes[f"{number}.bin"] == num_bytes, f"{binary}: {num_bytes} bytes, {state.sizes} written"
     return Written(output, len(lengths), num_bytes // output.dtype.itemsize, digest(binary), digest(index))
+
+
+def _with_run(path: Path, content: bytes, run: str) -> bytes:
+    if not path.name.endswith(".manifest.json"):
+        return content
+    return (json.dumps(json.loads(content) | {"run": run}, indent=1) + "\n").encode()
 
 
 def _target(path: Path) -> Path:

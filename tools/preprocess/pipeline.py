@@ -17,7 +17,7 @@ from megapatch.models.commit import naming_full_disks
 from megapatch.tools.preprocess.inputs import Chunk, InputDigests, Source, SourceOptions, chunks, total_bytes
 from megapatch.tools.preprocess.job import Job, Written
 from megapatch.tools.preprocess.ledger import BadLine
-from megapatch.tools.preprocess.outputs import publish, refuse_existing
+from megapatch.tools.preprocess.outputs import complete, publish, refuse_existing
 from megapatch.tools.preprocess.progress import Progress
 from megapatch.tools.preprocess.run_state import RunState
 from megapatch.tools.preprocess.stopping import Stopped, Stopping, listening
@@ -70,12 +70,18 @@ class _Run:
         self.inputs: list[dict[str, Any]] = []
 
     def go(self) -> list[Written] | None:
+        self.identity = self._identity()
         found = self._found()
+        if self.options.resume and not found:
+            if complete(self.job, self.options.output_prefix, self._digest()):
+                self.state.remove()
+                _LOG.info("%s: complete already, by the same options and inputs", self.options.output_prefix)
+                return None
+            self._refuse_others()
         if found and "renames" in found:
             self.state.finish(found)
             _LOG.info("%s: put in place what an interrupted run had finished", self.options.output_prefix)
             return None
-        self.identity = self._identity()
         if found:
             _check_identity(self.state.folder, found["identity"], self.identity)
             self.job.ledger.restore(found["ledger"])
@@ -85,7 +91,7 @@ class _Run:
                 self._work(stopping)
             self.job.ledger.close()
             self._refuse_nothing()
-            return publish(self.state, self.job, self.inputs, stopping)
+            return publish(self.state, self.job, self.inputs, self._digest(), stopping)
 
     def _found(self) -> dict[str, Any] | None:
         """The state to go on from, if that is wanted."""
@@ -94,14 +100,20 @@ class _Run:
             raise UserError(
                 f"{self.state.folder}: of an interrupted run; go on with it by --resume, or start anew with --force"
             )
-        if options.resume and not found:
-            try:
-                refuse_existing(self.job, False)
-            except UserError:
-                self.state.remove()
-                raise
-            _LOG.info("%s: no interrupted run to go on with; starting anew", self.state.folder)
         return found if options.resume else None
+
+    def _refuse_others(self) -> None:
+        """Under --resume without anything to go on with."""
+        try:
+            refuse_existing(self.job, False)
+        except UserError:
+            self.state.remove()
+            raise
+        _LOG.info("%s: no interrupted run to go on with; starting anew", self.state.folder)
+
+    def _digest(self) -> str:
+        """xxh3-128 of all that decides the bytes."""
+        return xxhash.xxh3_128_hexdigest(repr(sorted(self.identity.items())).encode(errors="surrogateescape"))
 
     def _start(self, found: dict[str, Any] | None) -> None:
         if not found:
