@@ -1,5 +1,6 @@
 """Rows of parquet and arrow files, through pyarrow (extra `data`): only the columns wanted, bounded parts."""
 
+import mmap
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from megapatch.tools.preprocess.sources import Source
 
 _GROUP_BYTES = 16 << 20  # row groups up to this size are read by workers, larger ones are handed out in parts
 _BATCH_ROWS = 1024
+_BUFFER_BYTES = 1 << 20
 _ARROW_FILE, _OLD_FEATHER = b"ARROW1", b"FEA1"
 Made = tuple[Piece, Callable[[], bytes] | None]
 
@@ -48,7 +50,7 @@ def parquet_pieces(
 def _parquet(raw: BinaryIO) -> Any:
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(raw, pre_buffer=False)
+    return pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_BUFFER_BYTES)  # or it reads whole columns
 
 
 def _edges(metadata: Any, size: int) -> tuple[list[int], list[int]]:
@@ -110,15 +112,14 @@ def arrow_pieces(source: Source, chunk_bytes: int, digests: InputDigests | None)
         stamp = stamp_of(source.path, file.fileno(), source.size) if source.size is not None else None
         if digests:
             digests.begin(source.label)
-        if source.size is None:
-            batches = _piped(source, Counted(file, digests))
-        else:
-            batches = _mapped(source, file, digests)
+        mapped = None if source.size is None else _map(source, file)
+        batches = _mapped(source, mapped, file, digests) if mapped else _piped(source, Counted(file, digests))
         piece = Piece(source.label, "arrow", 0, 0, lines_before=0)
         for made in _parts(piece, batches, chunk_bytes):
-            if source.size is not None:
-                refuse_changed(source.path, file.fileno(), stamp)
+            refuse_changed(source.path, file.fileno(), stamp)
             yield made
+            if mapped:
+                mapped.madvise(mmap.MADV_DONTNEED)  # or all that was read would count as resident
         if digests:
             digests.end()
 
@@ -128,7 +129,8 @@ def _piped(source: Source, file: Counted) -> Iterator[tuple[Any, int]]:
     import pyarrow as pa
 
     spent = 0
-    with pa.ipc.open_stream(pa.PythonFile(file, "r")) as reader:
+    calm = pa.ipc.IpcReadOptions(use_threads=False)
+    with pa.ipc.open_stream(pa.PythonFile(file, "r"), options=calm) as reader:
         names = _tops(_columns(source, reader.schema), reader.schema)
         for batch in reader:
             yield batch.select(names) if names else batch, file.num_bytes - spent
@@ -137,28 +139,39 @@ def _piped(source: Source, file: Counted) -> Iterator[tuple[Any, int]]:
         pass  # what is written after the stream's end belongs to its digest
 
 
-def _mapped(source: Source, file: BinaryIO, digests: InputDigests | None) -> Iterator[tuple[Any, int]]:
-    """Batches of a file, of which only what is used is read, and the bytes of each in the file."""
+def _map(source: Source, file: BinaryIO) -> mmap.mmap:
+    """The bytes of a file as memory, of which only what is used is read."""
+    if not source.size:
+        raise UserError(f"{source.label}: damaged, or no arrow (it is empty); get the file again")
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _mapped(
+    source: Source, mapped: mmap.mmap, file: BinaryIO, digests: InputDigests | None
+) -> Iterator[tuple[Any, int]]:
+    """Batches of a file, and the bytes of each in it."""
     import pyarrow as pa
 
     size, spent = source.size or 0, 0
-    head = file.read(len(_ARROW_FILE))
+    head = mapped[: len(_ARROW_FILE)]
     if head.startswith(_OLD_FEATHER):
         raise UserError(f"{source.label}: the first version of feather; read it with pyarrow and write it as parquet")
-    with pa.memory_map(source.path) as mapped:
-        if head == _ARROW_FILE:
-            reader = pa.ipc.open_file(mapped)
-            count = reader.num_record_batches
-            found = ((reader.get_batch(i), size * (i + 1) // count) for i in range(count))
-        else:
-            reader = pa.ipc.open_stream(mapped)
-            found = ((batch, mapped.tell()) for batch in reader)
-        names = _tops(_columns(source, reader.schema), reader.schema)
-        for batch, position in found:
-            if digests:
-                digests.take_file(file.fileno(), position)
-            yield batch.select(names) if names else batch, position - spent
-            spent = position
+    calm = pa.ipc.IpcReadOptions(use_threads=False)
+    reader: Any
+    if head == _ARROW_FILE:
+        reader = pa.ipc.open_file(pa.py_buffer(mapped), options=calm)
+        count = reader.num_record_batches
+        found = ((reader.get_batch(i), size * (i + 1) // count) for i in range(count))
+    else:
+        stream = pa.BufferReader(pa.py_buffer(mapped))
+        reader = pa.ipc.open_stream(stream, options=calm)
+        found = ((batch, stream.tell()) for batch in reader)
+    names = _tops(_columns(source, reader.schema), reader.schema)
+    for batch, position in found:
+        if digests:
+            digests.take_file(file.fileno(), position)
+        yield batch.select(names) if names else batch, position - spent
+        spent = position
     if digests:
         digests.take_file(file.fileno(), size)
 
