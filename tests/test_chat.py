@@ -6,7 +6,7 @@ import chat_data
 import numpy as np
 import pytest
 
-from megapatch.models.chat import Chat, Renderer, Sample, generation_prompt, rewrites, untrained_end
+from megapatch.models.chat import Chat, Renderer, generation_prompt, rewrites, untrained_end
 from megapatch.models.chat_load import load_templates, special_variables
 from megapatch.models.chat_mask import Masker
 from megapatch.models.chat_special import Special
@@ -239,24 +239,6 @@ def test_templates_are_chosen_by_name_file_and_tools(toks, tmp_path):
     tokenizer.chat_templates.clear()
     with pytest.raises(UserError, match=r"no chat template .none.; give the model's with --template FILE"):
         load_templates(tokenizer)
-
-
-@pytest.mark.parametrize("normalizer", [None, "NFC", "Lowercase"])
-def test_masks_are_the_same_by_bytes_and_by_offsets(tmp_path, normalizer):
-    tokenizer = Tokenizer(chat_data.make_tokenizer(tmp_path / "tok", "x", normalizer=normalizer))
-    texts = ["abé e\u0301漢字 ñ👩‍👩‍👧b", "plain ascii TEXT", "ſ İ x", "", "\u0301\u0301"]
-    cuts = [(a, b, c) for a in range(3) for b in (4, 6) for c in (9, 11)]
-    samples = [
-        Sample(text, [(a, b), (c, len(text))], [1.0, 0.5]) for text in texts for a, b, c in cuts if c < len(text)
-    ] + [Sample("", [], [])]
-    ids, lengths = tokenizer.encode_flat([sample.text for sample in samples])
-    fast, slow = Masker(tokenizer), Masker(tokenizer)
-    slow._bytewise = False
-    weights, exact = fast.masks(samples, ids, lengths)
-    reference, none = slow.masks(samples, ids, lengths)
-    assert exact.any() and not none.any()
-    assert exact.all() == (normalizer is None)
-    assert weights.tolist() == pytest.approx(reference.tolist())
 
 
 @pytest.mark.parametrize(
