@@ -356,6 +356,14 @@ def test_a_file_that_is_no_table_or_not_there_is_refused(tmp_path: Path, capsys:
     assert "no.bin: no such file" in capsys.readouterr().err
 
 
+def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    write_set(tmp_path / "a", [GOOD])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    there = tmp_path / "a.idx.parquet"
+    assert export_data([str(tmp_path / "a"), "--format", "bridge", "--seq-length", "8", "--output", str(there)]) == 1
+    assert "pip install 'megapatch[data]'" in capsys.readouterr().err and not there.exists()
+
+
 def test_stale_weights_go_when_new_data_have_none(tmp_path: Path, capsys: Any) -> None:
     tokenizer = byte_tokenizer(tmp_path / "tok")
     write_set(tmp_path / "b", [GOOD], [[1, 1, 1]])
