@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import chat_data
 import numpy as np
@@ -175,3 +177,14 @@ def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(go, capsys, monkey
 def test_the_manifest_goes_to_stdout(go, capsys):
     _, prefix = go([GOOD], "--json")
     assert json.loads(capsys.readouterr().out) == read_manifest(prefix)
+
+
+def test_neither_torch_nor_transformers_is_imported(toks, tmp_path):
+    source = chat_data.write(tmp_path / "in.jsonl", [GOOD])
+    argv = ["--input", str(source), "--tokenizer", str(toks["chatml"]), "--output-prefix", str(tmp_path / "out")]
+    code = (
+        "import sys; from megapatch.tools.preprocess.preprocess_chat import main; status = main(sys.argv[1:]);"
+        "sys.exit(status or ' '.join({'torch', 'transformers', 'megatron'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
