@@ -114,6 +114,8 @@ WRONG = [
         "for prompts expected one of drop, left",
     ),
     (["--chat-format", "preference", "--message-weights"], 2, "--message-weights has no effect with"),
+    (["--chat-format", "prompts", "--on-rewritten-history", "split"], 2, "--on-rewritten-history has no effect with"),
+    (["--deduplicate", "--shards", "2", "--shard", "0"], 2, "--deduplicate needs all records in one process"),
     (["--template-arguments", "{"], 2, "--template-arguments {: not JSON"),
     (["--date", "yesterday"], 2, "--date yesterday: "),
     (["--max-length", "0"], 2, "--max-length 0: expected 1 or more"),

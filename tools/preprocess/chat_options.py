@@ -16,6 +16,12 @@ _CUTS = {  # what --truncate may be for each format of output
     "prompts": ("drop", "left"),
 }
 
+_ONLY = {  # options that mean something for these alone
+    "message_weights": ("chat",),
+    "train_generation_prompt": ("chat", "preference"),
+    "on_rewritten_history": ("chat", "preference"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
@@ -92,9 +98,11 @@ class Options(RunOptions):
         form = self.format_of_output
         if self.truncate not in _CUTS[form]:
             raise ValueError(f"--truncate {self.truncate}: for {form} expected one of {', '.join(_CUTS[form])}")
-        for name in ("message_weights", "train_generation_prompt"):
-            if getattr(self, name) and form not in ("chat", "preference")[: 1 + (name == "train_generation_prompt")]:
+        for name, forms in _ONLY.items():
+            if getattr(self, name) not in (False, "fail") and form not in forms:
                 raise ValueError(f"--{name.replace('_', '-')} has no effect with --chat-format {self.chat_format}")
+        if self.deduplicate and self.shards > 1:
+            raise ValueError("--deduplicate needs all records in one process; leave it out, or --shards")
         _ = self.arguments, self.today
 
     @property

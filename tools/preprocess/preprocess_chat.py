@@ -58,7 +58,7 @@ def make_renderer(options: Options, tokenizer: "Tokenizer") -> "Renderer":
     from megapatch.models.chat_load import load_templates
 
     template, with_tools = load_templates(tokenizer, options.template, arguments=options.arguments, date=options.today)
-    if options.on_rewritten_history == "keep" and not template.tagged:
+    if options.on_rewritten_history == "keep" and not all(one.tagged for one in (template, with_tools) if one):
         raise UserError(
             "--on-rewritten-history keep: the chat template has no generation tags to keep to; choose fail or split"
         )
