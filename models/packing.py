@@ -90,7 +90,7 @@ def _fill(counts: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
             room, rows = rooms.take(length, left)
             each = room // length
             full = min(len(rows), left // each)
-            placed.append(np.repeat(rows[:full], each))
+            placed.append(np.repeat(rows[:full], each) if each > 1 else rows[:full])
             rooms.put(room - each * length, rows[:full])
             left -= full * each
             if full < len(rows):  # the last row, where fewer are left than fit

@@ -182,7 +182,7 @@ def test_the_command_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFix
     assert "1 conversations without tokens are in no row" in err
     assert main([str(tmp_path / "a"), "--seq-length", "16"]) == 0
     out, _ = capsys.readouterr()
-    assert "2 rows of 16 tokens, 56.25 % full (18 tokens, 14 padding)" in out
+    assert "2 rows of 16 tokens, 56.250 % full (18 tokens, 14 padding)" in out
 
 
 @pytest.mark.parametrize(

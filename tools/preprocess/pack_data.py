@@ -88,7 +88,7 @@ def lines(said: dict[str, Any]) -> list[str]:
     """The summary for people."""
     mean = said["conversations"] / max(said["rows"], 1)
     return [
-        f"  {said['rows']:,} rows of {said['seq_length']:,} tokens, {said['fill_percent']:.2f} % full "
+        f"  {said['rows']:,} rows of {said['seq_length']:,} tokens, {said['fill_percent']:.3f} % full "
         f"({said['tokens']:,} tokens, {said['padding']:,} padding)",
         f"  {said['conversations']:,} conversations, {mean:.2f} a row ({said['least_per_row']:,} to "
         f"{said['most_per_row']:,})",
