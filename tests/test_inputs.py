@@ -227,6 +227,28 @@ def test_dictionaries_and_large_strings_are_text(tmp_path: Path) -> None:
         assert read([tmp_path / name], 100, text_key=["a", "b"]) == [(word, word) for word in words]
 
 
+def test_repeated_values_do_not_make_one_large_piece(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"text": ["x" * 50] * 300_000}), tmp_path / "a.parquet")
+    sources = find_sources(options([tmp_path / "a.parquet"], text_key=["text"]))
+    assert sources[0].size is not None and sources[0].size < 100_000
+    sizes = [len(read_records(piece, len).taken) for chunk in chunks(sources, 1 << 20) for piece in chunk]
+    assert sum(sizes) == 300_000 and max(sizes) <= 1 << 14
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 100, 777, 1 << 20])
+def test_streams_are_cut_where_files_are(files: list[Path], chunk_bytes: int) -> None:
+    cuts = [
+        [(piece.start, piece.size) for chunk in chunks(find_sources(options([path])), chunk_bytes) for piece in chunk]
+        for path in files[:5]
+    ]
+    assert all(one == cuts[0] for one in cuts)
+    assert sum(size for _, size in cuts[0]) == len(JSONL)
+    assert all(size >= chunk_bytes for _, size in cuts[0][:-1])
+
+
 def test_empty_inputs_hold_nothing(tmp_path: Path) -> None:
     import pyarrow.parquet
 

@@ -85,6 +85,12 @@ def test_damaged_rows_are_refused(tmp_path: Path, kind: str, write) -> None:  # 
             read([path])
 
 
+def test_the_first_version_of_feather_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.feather").write_bytes(b"FEA1" + b"\0" * 100 + b"FEA1")
+    with pytest.raises(UserError, match=r"a\.feather: the first version of feather; read it with pyarrow"):
+        read([tmp_path / "a.feather"])
+
+
 def test_a_column_that_is_missing_is_named_beside_those_there(tmp_path: Path) -> None:
     for kind, write in (("parquet", write_parquet), ("arrow", write_arrow)):
         write(tmp_path / f"a.{kind}")

@@ -16,6 +16,7 @@ from megapatch.tools.preprocess.sources import Source
 _GROUP_BYTES = 16 << 20  # row groups up to this size are read by workers, larger ones are handed out in parts
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
+_ROW_BYTES = 64  # at least, for what is said of columns of repeated values is their size without the repetition
 _ARROW_FILE, _OLD_FEATHER = b"ARROW1", b"FEA1"
 Made = tuple[Piece, Callable[[], bytes] | None]
 
@@ -64,8 +65,10 @@ def _edges(metadata: Any, size: int) -> tuple[list[int], list[int]]:
 def _group_bytes(metadata: Any, group: int, columns: tuple[str, ...]) -> int:
     """Bytes of the columns of a row group when they are unpacked."""
     meta = metadata.row_group(group)
+    least = meta.num_rows * _ROW_BYTES
     parts = [meta.column(i) for i in range(meta.num_columns)]
-    return sum(part.total_uncompressed_size for part in parts if not columns or _is_of(part.path_in_schema, columns))
+    wanted = [part for part in parts if not columns or _is_of(part.path_in_schema, columns)]
+    return max(least, sum(part.total_uncompressed_size for part in wanted))
 
 
 def _is_of(path: str, columns: tuple[str, ...]) -> bool:
