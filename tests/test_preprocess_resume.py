@@ -251,3 +251,17 @@ def test_standard_input_is_gone_on_with_when_it_is_given_again(tok: Path, tmp_pa
         assert subprocess.run([*argv, "--resume"], stdin=stdin).returncode == 0
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"piped.{suffix}").read_bytes() == (tmp_path / f"plain.{suffix}").read_bytes()
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_so(case: Case) -> None:
+    case.clear()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it starts in the background
+    try:
+        run = case.start(0.01, "--workers", "2")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with run:
+        wait_for_state(case, 2)
+        os.kill(run.pid, signal.SIGINT)
+        assert run.wait(60) == 0
+    assert case.files() == case.expected

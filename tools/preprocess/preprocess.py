@@ -1,6 +1,7 @@
 """mp-preprocess: text to ids, in megatron-core's indexed format."""
 
 import json
+import logging
 
 from megapatch.models.cli import run
 from megapatch.models.indexed_data import manifest_path
@@ -12,6 +13,7 @@ from megapatch.tools.preprocess.inputs import find_sources
 from megapatch.tools.preprocess.pipeline import run_job
 from megapatch.tools.preprocess.workers import quiet_engine
 
+_LOG = logging.getLogger("megapatch.tools.preprocess")
 EXAMPLES = """examples:
   mp-preprocess --input 'wiki/*.jsonl.gz' books.jsonl --tokenizer Qwen3-0.6B --output-prefix data/train --split 98,2
   mp-preprocess --input /usr/lib/python3.11 --glob '*.py' --on-bad-line skip --tokenizer tok --output-prefix data/code
@@ -23,6 +25,8 @@ EXAMPLES = """examples:
 def preprocess(options: Options) -> None:
     """Write all outputs and their manifests, or nothing."""
     sources = find_sources(options)
+    if options.shards > 1 and (options.deduplicate or options.max_tokens):
+        _LOG.warning("--deduplicate and --max-tokens: each shard by itself; merged they are not the undivided output")
     with quiet_engine():
         encoder = Encoder(Tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code), options)
         job = Corpus(options, encoder)

@@ -60,9 +60,13 @@ class Stopping:
 
 @contextmanager
 def listening() -> Iterator[Stopping]:
-    """Handle SIGINT, SIGTERM and SIGUSR1 (batch systems send them when time is up) inside the block."""
+    """Handle SIGINT, SIGTERM and SIGUSR1 (batch systems send them when time is up) inside the block.
+
+    What is ignored stays so: shells start background jobs without Ctrl-C, nohup and others likewise.
+    """
     stopping = Stopping()
-    handlers = {number: stopping.note for number in ENDS} | {signal.SIGCHLD: stopping.child}
+    handlers = {number: stopping.note for number in ENDS if signal.getsignal(number) != signal.SIG_IGN}
+    handlers[signal.SIGCHLD] = stopping.child
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield stopping
