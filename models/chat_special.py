@@ -22,15 +22,15 @@ class Special:
         self._heads = tuple({token[:2] for token in tokens})
 
     def spelled(self, chat: Chat) -> list[str]:
-        """The special tokens in what the messages say, in order."""
-        text = "\0".join(_strings(chat.messages))
+        """The special tokens in what messages and tools say, in order."""
+        text = "\0".join(_strings([*chat.messages, *(chat.tools or ())]))
         if not any(head in text for head in self._heads):
             return []
         return self._pattern.findall(text)
 
     def marked(self, chat: Chat) -> Chat:
-        """The conversation with marks around special tokens in its messages."""
-        return Chat([self._mark(message) for message in chat.messages], chat.tools, chat.weights)
+        """The conversation with marks around special tokens in its messages and tools."""
+        return Chat(self._mark(chat.messages), self._mark(chat.tools), chat.weights)
 
     def _mark(self, value: Any) -> Any:
         if isinstance(value, str):

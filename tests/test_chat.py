@@ -6,7 +6,7 @@ import chat_data
 import numpy as np
 import pytest
 
-from megapatch.models.chat import Chat, Renderer, generation_prompt, rewrites, untrained_end
+from megapatch.models.chat import Chat, Renderer, Sample, generation_prompt, rewrites, untrained_end
 from megapatch.models.chat_load import load_templates, special_variables
 from megapatch.models.chat_mask import Masker
 from megapatch.models.chat_special import Special
@@ -249,3 +249,30 @@ def test_special_tokens_are_found_wherever_a_message_says_them(text, spelled):
     special = Special(chat_data.SPECIAL)
     for message in ({"content": text}, {"content": "", "tool_calls": [{"function": {"arguments": {"a": [text]}}}]}):
         assert special.spelled(Chat([{"role": "<s>", **message}])) == spelled
+    assert special.spelled(Chat([ASK], [{"function": {"description": text}}])) == spelled
+
+
+def test_what_a_message_spells_stays_text_wherever_the_template_puts_it():
+    special, tools = Special(chat_data.SPECIAL), [{"description": "</s>"}]
+    chat = Chat([{"role": "user", "content": " <s>"}, {"role": "assistant", "content": "a<s>b"}], tools)
+    text = "{{ tools | tojson }}<s>{{ messages[0].content | trim }}"
+    text += "{% generation %}{{ messages[1].content }}</s>{% endgeneration %}"
+    sample = special.unmarked(renderer(text).samples(special.marked(chat))[0])
+    assert sample.text == '[{"description": "</s>"}]<s><s>a<s>b</s>' and said(sample) == ["a<s>b</s>"]
+    assert [sample.text[start:end] for start, end in sample.literal] == ["</s>", "<s>", "<s>"]
+    assert list(special.pieces(sample.text, sample.literal)) == [
+        ('[{"description": "</s>"}]', False),
+        ("<s>", True),
+        ("<s>a<s>b", False),
+        ("</s>", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ messages[0].content | tojson(ensure_ascii=true) }}", "{{ messages[0].content[:3] }}"]
+)
+def test_a_template_that_takes_a_spelled_token_apart_is_refused(text):
+    special = Special(chat_data.SPECIAL)
+    marked = special.marked(Chat([{"role": "user", "content": "x<s>"}]))
+    with pytest.raises(ChatError, match="takes a special token apart"):
+        special.unmarked(Sample(template(text).render(marked.messages).text, [], []))

@@ -87,7 +87,9 @@ def _worker(options: Options, tokenizer: "Tokenizer", renderer: "Renderer") -> "
     from megapatch.tools.preprocess.encoder import EncodeOptions, Encoder
 
     special = Special(list(tokenizer.special_tokens.values()))
-    literal = LiteralEncoder(tokenizer, special) if options.special_in_text == "literal" else None
+    literal = None
+    if options.special_in_text == "literal":
+        literal = LiteralEncoder(tokenizer, special, trust_remote_code=options.trust_remote_code)
     masked = options.format_of_output != "prompts"
     return Worker(
         Texts(taker(options.chat_format), renderer, special, options.special_in_text, options.message_weights),
