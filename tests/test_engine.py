@@ -217,3 +217,23 @@ def test_an_id_beyond_the_vocabulary_is_not_stored(folder: Path) -> None:
     with pytest.raises(UserError, match=r"gives id \d+, but its vocabulary ends before 50; correct the vocabulary"):
         Reference(tokenizer).encode(["plain text"])
     assert str(choose(Reference(tokenizer), "auto").reason).endswith("has 600 ids, tokenizers 50")
+
+
+def test_an_engine_that_has_grown_is_loaded_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = gigatoken_engine.Gigatoken(Tokenizer(folder))
+    first, backend = engine.encode(HARD), engine._backend
+    assert engine._backend is backend
+    grown = engine._least + gigatoken_engine._MAX_GROWTH + 1
+    monkeypatch.setattr(gigatoken_engine, "_resident", lambda: grown)
+    second = engine.encode(HARD)
+    assert engine._backend is not backend
+    backend = engine._backend
+    third = engine.encode(HARD)  # what has grown besides does not count again
+    assert engine._backend is backend
+    assert [ids.tolist() for ids in first] == [ids.tolist() for ids in second] == [ids.tolist() for ids in third]
+
+
+def test_memory_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 20 << 20 < gigatoken_engine._resident() < 1 << 40
+    monkeypatch.setattr(gigatoken_engine, "_STATM", Path("/no/such/file"))
+    assert gigatoken_engine._resident() == 0
