@@ -33,7 +33,7 @@ class Gigatoken:
         if importlib.util.find_spec("gigatoken") is None:
             raise Unusable(f"gigatoken is not installed ({_EXTRA})")
         self.version = importlib.metadata.version("gigatoken")
-        self._json, self._prepared = fast.backend.to_str(), fast.prepared
+        self._json, self._prepared, self._least = fast.backend.to_str(), fast.prepared, 0
         try:
             self._load()
         except BaseException as error:  # the library raises what it likes for what it does not know
@@ -60,7 +60,7 @@ class Gigatoken:
 
         self._backend: Any = None  # the old one's memory goes first
         self._backend = gigatoken_rs.load_hf_json(self._json)
-        self._least: int = _resident()
+        self._least = _resident()
 
 
 def _resident() -> int:
