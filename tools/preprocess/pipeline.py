@@ -32,7 +32,7 @@ class RunOptions(SourceOptions):
 
     output_prefix: Path = opt("path of the files written, without .bin, .idx and .manifest.json", metavar="PREFIX")
     workers: Optional[int] = opt("worker processes (default: the cores this process may use)", None)
-    chunk_bytes: int = opt("bytes of input that a worker takes at a time; memory grows with it", 4 << 20)
+    chunk_bytes: int = opt("bytes of input that a worker takes at a time; memory grows with it", 2 << 20)
     resume: bool = opt("go on with an interrupted run, which left PREFIX.partial; start one where there is none", False)
     force: bool = opt("replace files that exist, and what an interrupted run left", False)
 
