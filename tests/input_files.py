@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megapatch.tools.preprocess.inputs import InputDigests, InputOptions, LineNumbers, chunks, find_sources
-from megapatch.tools.preprocess.records import Bad, place_of, read_records, text_of
+from megapatch.tools.preprocess.reading.inputs import InputDigests, InputOptions, LineNumbers, chunks, find_sources
+from megapatch.tools.preprocess.reading.records import Bad, place_of, read_records, text_of
 
 TEXTS = [f"{i} é漢😀 " + "x" * (i * 37 % 101) + "\n" * (i % 3) for i in range(60)]
 NUM_ROWS = len(TEXTS)

@@ -3,8 +3,8 @@
 import pytest
 
 from megapatch.models.chat import Chat
-from megapatch.tools.preprocess.chat_records import Preference, Prompt, taker
-from megapatch.tools.preprocess.records import BadRecord
+from megapatch.tools.preprocess.chats.records import Preference, Prompt, taker
+from megapatch.tools.preprocess.reading.records import BadRecord
 
 SYSTEM = {"role": "system", "content": "be"}
 ASK, SAY, OTHER = (

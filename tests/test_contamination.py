@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapatch.models.cli import UserError
-from megapatch.tools.preprocess.contamination import (
+from megapatch.tools.preprocess.encoding.contamination import (
     Contamination,
     ContaminationOptions,
     Hit,

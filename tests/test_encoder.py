@@ -20,12 +20,12 @@ from tokenizer_folders import CODE, sentencepiece, tiktoken
 from megapatch.models.cli import UserError
 from megapatch.models.indexed_data import IndexedDocuments, dtype_for, read_manifest
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.tools.preprocess import encoder as module
-from megapatch.tools.preprocess.around import Around
-from megapatch.tools.preprocess.characters import risky
-from megapatch.tools.preprocess.encoder import EncodeOptions, Encoder
-from megapatch.tools.preprocess.engine import Choice, Reference
-from megapatch.tools.preprocess.watch import Report, Watch
+from megapatch.tools.preprocess.encoding import encoder as module
+from megapatch.tools.preprocess.encoding.around import Around
+from megapatch.tools.preprocess.encoding.characters import risky
+from megapatch.tools.preprocess.encoding.encoder import EncodeOptions, Encoder
+from megapatch.tools.preprocess.encoding.engine import Choice, Reference
+from megapatch.tools.preprocess.encoding.watch import Report, Watch
 
 END = "<|endoftext|>"
 

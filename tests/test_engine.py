@@ -19,10 +19,10 @@ from tokenizers import Tokenizer as Backend
 
 from megapatch.models.cli import UserError
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.tools.preprocess import gigatoken_engine
-from megapatch.tools.preprocess.adversarial import hard_texts
-from megapatch.tools.preprocess.characters import outside, risky
-from megapatch.tools.preprocess.engine import Choice, Reference, choose
+from megapatch.tools.preprocess.encoding import gigatoken_engine
+from megapatch.tools.preprocess.encoding.adversarial import hard_texts
+from megapatch.tools.preprocess.encoding.characters import outside, risky
+from megapatch.tools.preprocess.encoding.engine import Choice, Reference, choose
 
 pytest.importorskip("gigatoken")
 LLAMA3 = (

@@ -12,9 +12,9 @@ import xxhash
 from input_files import JSONL, LINES, NUM_ROWS, TEXTS, WANTED, options, packed, read, read_with_bad, table, write_all
 
 from megapatch.models.cli import UserError
-from megapatch.tools.preprocess import columnar
-from megapatch.tools.preprocess.inputs import InputDigests, LineNumbers, Piece, chunks, find_sources
-from megapatch.tools.preprocess.records import read_records, text_of
+from megapatch.tools.preprocess.reading import columnar
+from megapatch.tools.preprocess.reading.inputs import InputDigests, LineNumbers, Piece, chunks, find_sources
+from megapatch.tools.preprocess.reading.records import read_records, text_of
 
 pytest.importorskip("pyarrow", reason="extra `data` is not installed")
 pytest.importorskip("zstandard", reason="extra `data` is not installed")

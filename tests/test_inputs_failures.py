@@ -11,8 +11,8 @@ import pytest
 from input_files import JSONL, LINES, options, packed, read, read_with_bad, table
 
 from megapatch.models.cli import UserError
-from megapatch.tools.preprocess.inputs import InputDigests, chunks, find_sources
-from megapatch.tools.preprocess.records import read_records, text_of
+from megapatch.tools.preprocess.reading.inputs import InputDigests, chunks, find_sources
+from megapatch.tools.preprocess.reading.records import read_records, text_of
 from megapatch.tools.preprocess.train_tokenizer import main
 
 pytest.importorskip("pyarrow", reason="extra `data` is not installed")

@@ -15,9 +15,9 @@ import pytest
 from data_pairs import EOD, SPECIAL, byte_tokenizer, text, write_manifest, write_pair, write_tables
 
 from megapatch.models.indexed_data import bin_path, idx_path, manifest_path
-from megapatch.tools.preprocess import data_scan
 from megapatch.tools.preprocess.inspect_data import main
 from megapatch.tools.preprocess.merge_data import main as merge
+from megapatch.tools.preprocess.pairs import data_scan
 from megapatch.tools.preprocess.preprocess import main as preprocess
 
 DOCUMENTS = [text("Hello<eos>"), [], text("a<eos>b<eos>"), text("no end"), text("é\x1b[31m<|user|>\n<eos>")]
@@ -94,9 +94,12 @@ def test_a_pair_without_tokens_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert "documents 0, in 0 sequences" in printed(capsys, tmp_path / "data")
 
 
-def test_people_are_told_the_same(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = printed(capsys, data).splitlines()
-    assert f"pair      {data}.bin and .idx, format corpus, uint16" in lines
+def test_people_are_told_the_same(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)  # a long path would be told on two lines
+    lines = printed(capsys, data.name).splitlines()
+    assert f"pair      {data.name}.bin and .idx, format corpus, uint16" in lines
     assert "documents 204, 1 of them empty, in 204 sequences" in lines
     assert "ids       10 to 257, of a vocabulary of 259" in lines
     assert "eod       id 256 ends 202 documents, 99.51 %; 1 inside documents" in lines

@@ -22,9 +22,9 @@ from megapatch.models.indexed_data import (
     read_manifest,
     write_index,
 )
-from megapatch.tools.preprocess import append
 from megapatch.tools.preprocess.inspect_data import main as inspect
 from megapatch.tools.preprocess.merge_data import main
+from megapatch.tools.preprocess.pairs import append
 
 
 def merge(inputs: Sequence[Path], output: Path, *more: str) -> int:

@@ -15,7 +15,7 @@ from preprocess_data import DOCUMENTS, make_tokenizer, outputs, run, write_jsonl
 from megapatch.models import commit
 from megapatch.models.indexed_data import IndexedDocuments, read_manifest
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.tools.preprocess import progress
+from megapatch.tools.preprocess.run import progress
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from chat_runs import ASK, FORGED, GOOD, LONG, SAID, SAY, TEXT, contents, run_to
 
 from megapatch.models.indexed_data import IndexedDocuments, read_manifest
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.tools.preprocess.chat_job import ChatJob
+from megapatch.tools.preprocess.chats.job import ChatJob
 from megapatch.tools.preprocess.inspect_data import main as inspect_data
 
 

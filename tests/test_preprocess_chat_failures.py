@@ -8,7 +8,7 @@ import pytest
 from chat_runs import ASK, GOOD, LONG, SAID, SAY, run_tool, said, tokenizers  # noqa: F401
 
 from megapatch.models.indexed_data import IndexedDocuments, read_manifest
-from megapatch.tools.preprocess.chat_cuts import cuts
+from megapatch.tools.preprocess.chats.cuts import cuts
 from megapatch.tools.preprocess.preprocess_chat import main
 
 BAD = [

@@ -16,9 +16,9 @@ import pytest
 from preprocess_data import DOCUMENTS, GOOD, left, make_tokenizer, outputs, run, write_jsonl
 
 from megapatch.models.indexed_data import IndexedDocuments
-from megapatch.tools.preprocess.corpus import Corpus
-from megapatch.tools.preprocess.inputs import Chunk
+from megapatch.tools.preprocess.corpus.job import Corpus
 from megapatch.tools.preprocess.preprocess import main
+from megapatch.tools.preprocess.reading.inputs import Chunk
 
 TOOL = [sys.executable, "-m", "megapatch.tools.preprocess.preprocess"]
 

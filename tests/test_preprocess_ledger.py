@@ -9,7 +9,7 @@ from preprocess_data import make_tokenizer, outputs, run, write_jsonl
 
 from megapatch.models.indexed_data import IndexedDocuments
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.tools.preprocess.ledger import KINDS, OTHERS, Ledger
+from megapatch.tools.preprocess.run.ledger import KINDS, OTHERS, Ledger
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from megapatch.tools.preprocess.preprocess import main
 CODE = """
 import os, signal, sys, time
 from megapatch.models import commit
-from megapatch.tools.preprocess import run_state
-from megapatch.tools.preprocess.corpus import Corpus
+from megapatch.tools.preprocess.run import run_state
+from megapatch.tools.preprocess.corpus.job import Corpus
 from megapatch.tools.preprocess.preprocess import main
 
 run_state.EVERY_S, run_state._SHARE = 0.0, 0

@@ -17,7 +17,7 @@ from megapatch.tools.preprocess.preprocess import main
 
 CODE = """
 import sys
-from megapatch.tools.preprocess import run_state
+from megapatch.tools.preprocess.run import run_state
 from megapatch.tools.preprocess.preprocess import main
 run_state.EVERY_S, run_state._SHARE = 0.0, 0  # a state on the disk after every chunk
 sys.exit(main(sys.argv[1:]))

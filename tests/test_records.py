@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from input_files import options, read_with_bad
 
-from megapatch.tools.preprocess import records
-from megapatch.tools.preprocess.inputs import Piece, chunks, find_sources
-from megapatch.tools.preprocess.json_lines import BadRecord, fast_loads, loads
-from megapatch.tools.preprocess.pieces import LineNumbers
-from megapatch.tools.preprocess.records import read_records, text_of
+from megapatch.tools.preprocess.reading import records
+from megapatch.tools.preprocess.reading.inputs import Piece, chunks, find_sources
+from megapatch.tools.preprocess.reading.json_lines import BadRecord, fast_loads, loads
+from megapatch.tools.preprocess.reading.pieces import LineNumbers
+from megapatch.tools.preprocess.reading.records import read_records, text_of
 
 BOUNDED = settings(max_examples=150, deadline=None, derandomize=True)
 

@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapatch.tools.preprocess import seen
-from megapatch.tools.preprocess.seen import Seen
+from megapatch.tools.preprocess.run import seen
+from megapatch.tools.preprocess.run.seen import Seen
 
 NUMBERS = st.integers(0, 3) | st.integers(0, (1 << 64) - 1)
 BATCHES = st.lists(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=40), max_size=8)

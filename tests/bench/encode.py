@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.tools.preprocess.encoder import EncodeOptions, Encoder
-from megapatch.tools.preprocess.engine import Reference
+from megapatch.tools.preprocess.encoding.encoder import EncodeOptions, Encoder
+from megapatch.tools.preprocess.encoding.engine import Reference
 
 CHUNK_CHARACTERS = 4 << 20
 ROUNDS = 5

@@ -27,7 +27,9 @@ def work(output, *inputs):
 TOOL = """
 from megapatch.tools.preprocess.merge_data import Options, merge
 from pathlib import Path
-import megapatch.tools.preprocess.append, megapatch.tools.preprocess.merge_plan, megapatch.tools.preprocess.progress
+import megapatch.tools.preprocess.pairs.append
+import megapatch.tools.preprocess.pairs.merge_plan
+import megapatch.tools.preprocess.run.progress
 
 def work(output, *inputs):
     merge(Options(input=list(inputs), output_prefix=Path(output), skip_digests=%s))

@@ -12,7 +12,7 @@ from megapatch.models.cli import Common, UserError, opt, run
 
 if TYPE_CHECKING:
     from megapatch.models.packed_rows import Conversations
-    from megapatch.tools.preprocess.foreign_checks import Counts
+    from megapatch.tools.preprocess.pairs.foreign_checks import Counts
 
 _LOG = logging.getLogger("megapatch.tools.preprocess")
 _TAKES = {"pai": {"seq_length", "seed", "pad_id"}, "bridge": {"seq_length", "seed"}, "jsonl": {"tokenizer"}}
@@ -67,7 +67,7 @@ class Options(Common):
 def export_data(options: Options) -> None:
     """Write the files, whole or not at all; counts go to the log, or with --json to stdout."""
     from megapatch.models.packed_rows import Conversations
-    from megapatch.tools.preprocess.progress import Progress
+    from megapatch.tools.preprocess.run.progress import Progress
 
     data = Conversations(options.prefix)
     if not len(data):
@@ -89,8 +89,8 @@ def _pai(data: "Conversations", options: Options, tell: Callable[..., Any]) -> "
     from megapatch.models.cli import versions
     from megapatch.models.commit import digest, refuse_existing
     from megapatch.models.indexed_data import read_manifest
-    from megapatch.tools.preprocess import foreign_pai
     from megapatch.tools.preprocess.merge_data import staged
+    from megapatch.tools.preprocess.pairs import foreign_pai
 
     assert options.seq_length is not None
     for end in (".idx", ".bin", ".manifest.json"):
@@ -117,7 +117,7 @@ def _pai(data: "Conversations", options: Options, tell: Callable[..., Any]) -> "
 
 def _bridge(data: "Conversations", options: Options, tell: Callable[..., Any]) -> "Counts":
     from megapatch.models.commit import refuse_existing, staged_file
-    from megapatch.tools.preprocess import foreign_bridge
+    from megapatch.tools.preprocess.pairs import foreign_bridge
 
     assert options.seq_length is not None
     refuse_existing(options.output, options.force)
@@ -129,7 +129,7 @@ def _bridge(data: "Conversations", options: Options, tell: Callable[..., Any]) -
 def _jsonl(data: "Conversations", options: Options, tell: Callable[..., Any]) -> "Counts":
     from megapatch.models.commit import refuse_existing, staged_file
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.tools.preprocess import foreign_jsonl
+    from megapatch.tools.preprocess.pairs import foreign_jsonl
 
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else None
     if str(options.output) == "-":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from megapatch.models.packed_rows import Conversation
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.tools.preprocess.foreign_checks import Counts
+    from megapatch.tools.preprocess.pairs.foreign_checks import Counts
 
 _LOG = logging.getLogger("megapatch.tools.preprocess")
 _ENDS = ("", "_mask", "_weight")
@@ -60,9 +60,9 @@ def import_data(options: Options) -> None:
     """Write the pairs and their manifest, or nothing."""
     from megapatch.models.commit import refuse_existing
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.tools.preprocess.foreign_checks import Counts
     from megapatch.tools.preprocess.merge_data import staged
-    from megapatch.tools.preprocess.progress import Progress
+    from megapatch.tools.preprocess.pairs.foreign_checks import Counts
+    from megapatch.tools.preprocess.run.progress import Progress
 
     for end in [*(f"{end}{kind}" for end in _ENDS for kind in (".bin", ".idx")), ".manifest.json"]:
         refuse_existing(Path(f"{options.output_prefix}{end}"), options.force)
@@ -96,7 +96,7 @@ def _files(options: Options) -> list[Path]:
 
 def _conversations(options: Options, counts: "Counts") -> "Iterator[Conversation]":
     """Those of all inputs, in order."""
-    from megapatch.tools.preprocess import foreign_bridge, foreign_jsonl, foreign_pai
+    from megapatch.tools.preprocess.pairs import foreign_bridge, foreign_jsonl, foreign_pai
 
     read = {"pai": foreign_pai.read, "bridge": foreign_bridge.read, "jsonl": foreign_jsonl.read}[options.format]
     for name in options.input:

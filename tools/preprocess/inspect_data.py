@@ -83,7 +83,7 @@ def _print(lines: Iterable[str]) -> None:
 
 def _reports(options: Options) -> int:
     from megapatch.models.indexed_data import read_manifest
-    from megapatch.tools.preprocess.data_report import lines
+    from megapatch.tools.preprocess.pairs.data_report import lines
 
     said: list[dict[str, Any]] = []
     status = OK
@@ -103,9 +103,9 @@ def _told(prefix: str, manifest: dict[str, Any] | None, options: Options) -> lis
     """A report for each pair of texts under the prefix; a mask is told with its texts."""
     from megapatch.models.data_formats import SIDES, format_of, pair_said, pairs_of
     from megapatch.models.indexed_data import read_index
-    from megapatch.tools.preprocess.data_report import digest_problems, reference, report
-    from megapatch.tools.preprocess.data_scan import scan
-    from megapatch.tools.preprocess.progress import Progress
+    from megapatch.tools.preprocess.pairs.data_report import digest_problems, reference, report
+    from megapatch.tools.preprocess.pairs.data_scan import scan
+    from megapatch.tools.preprocess.run.progress import Progress
 
     form = format_of(prefix, manifest)
     ends = pairs_of(prefix, form)
@@ -156,8 +156,8 @@ def _tokenizer_of(prefix: str, options: Options) -> "Tokenizer":
 def _documents(options: Options) -> int:
     from megapatch.models.data_formats import SIDES, format_of, pairs_of, parallel
     from megapatch.models.indexed_data import IndexedDocuments, read_manifest
-    from megapatch.tools.preprocess import colours
-    from megapatch.tools.preprocess.show_document import Decoder, as_json, rendered
+    from megapatch.tools.preprocess.pairs import colours
+    from megapatch.tools.preprocess.pairs.show_document import Decoder, as_json, rendered
 
     said = []
     for prefix in options.prefix:
@@ -184,7 +184,7 @@ def _documents(options: Options) -> int:
 
 
 def _shown(one: dict[str, Any], text: str) -> list[str]:
-    from megapatch.tools.preprocess.colours import printable
+    from megapatch.tools.preprocess.pairs.colours import printable
 
     title = f"{one['prefix']} document {one['document']}: {one['tokens']:,} tokens"
     return [title, text, *([f"answer: {printable(one['answer'])}"] if "answer" in one else []), ""]
@@ -193,8 +193,8 @@ def _shown(one: dict[str, Any], text: str) -> list[str]:
 def _diff(options: Options, prefix: str, other: str) -> int:
     from megapatch.models.data_formats import SIDES, format_of, pairs_of
     from megapatch.models.indexed_data import IndexedDocuments, read_manifest
-    from megapatch.tools.preprocess.data_diff import compare, lines, told
-    from megapatch.tools.preprocess.show_document import Decoder
+    from megapatch.tools.preprocess.pairs.data_diff import compare, lines, told
+    from megapatch.tools.preprocess.pairs.show_document import Decoder
 
     manifest = read_manifest(prefix)
     named = options.tokenizer or (manifest or {}).get("tokenizer")
@@ -216,7 +216,7 @@ def _diff(options: Options, prefix: str, other: str) -> int:
 def _blend(options: Options) -> int:
     import shlex
 
-    from megapatch.tools.preprocess.data_blend import weights
+    from megapatch.tools.preprocess.pairs.data_blend import weights
 
     found = weights(options.prefix, options.temperature or 1.0)
     if options.json:

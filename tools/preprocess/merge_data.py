@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from megapatch.models.cli import Common, UserError, opt, run
 
 if TYPE_CHECKING:
-    from megapatch.tools.preprocess.append import Appender
-    from megapatch.tools.preprocess.merge_plan import Input
+    from megapatch.tools.preprocess.pairs.append import Appender
+    from megapatch.tools.preprocess.pairs.merge_plan import Input
 
 _LOG = logging.getLogger(__name__)
 EXAMPLES = """examples:
@@ -48,8 +48,8 @@ class Options(Common):
 def merge(options: Options) -> None:
     """Write the pairs and their manifest, or nothing."""
     from megapatch.models.data_formats import PAIRS
-    from megapatch.tools.preprocess.merge_plan import merged, read_inputs
-    from megapatch.tools.preprocess.progress import Progress
+    from megapatch.tools.preprocess.pairs.merge_plan import merged, read_inputs
+    from megapatch.tools.preprocess.run.progress import Progress
 
     inputs, prefix = read_inputs(options.input), options.output_prefix
     ends, without = list(inputs[0].pairs), [end for end in PAIRS[inputs[0].form] if end not in inputs[0].pairs]
@@ -100,7 +100,7 @@ def _write(
     from megapatch.models.commit import digest
     from megapatch.models.data_formats import pair_said
     from megapatch.models.indexed_data import bin_path, idx_path, join_indexes
-    from megapatch.tools.preprocess.append import Appender
+    from megapatch.tools.preprocess.pairs.append import Appender
 
     binary, index = stages[f"{end}.bin"], stages[f"{end}.idx"]
     with Appender(binary, tell, digests=digests) as target:

@@ -6,12 +6,12 @@ import logging
 from megapatch.models.cli import run
 from megapatch.models.indexed_data import manifest_path
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.tools.preprocess.corpus import Corpus
-from megapatch.tools.preprocess.corpus_options import Options
-from megapatch.tools.preprocess.encoder import Encoder
-from megapatch.tools.preprocess.inputs import find_sources
-from megapatch.tools.preprocess.pipeline import run_job
-from megapatch.tools.preprocess.workers import quiet_engine
+from megapatch.tools.preprocess.corpus.job import Corpus
+from megapatch.tools.preprocess.corpus.options import Options
+from megapatch.tools.preprocess.encoding.encoder import Encoder
+from megapatch.tools.preprocess.reading.inputs import find_sources
+from megapatch.tools.preprocess.run.pipeline import run_job
+from megapatch.tools.preprocess.run.workers import quiet_engine
 
 _LOG = logging.getLogger("megapatch.tools.preprocess")
 EXAMPLES = """examples:

@@ -4,13 +4,13 @@ import logging
 from typing import TYPE_CHECKING
 
 from megapatch.models.cli import UserError, run
-from megapatch.tools.preprocess.chat_options import Options
+from megapatch.tools.preprocess.chats.options import Options
 
 if TYPE_CHECKING:
     from megapatch.models.chat import Renderer
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.tools.preprocess.chat_job import ChatJob
-    from megapatch.tools.preprocess.chat_work import Worker
+    from megapatch.tools.preprocess.chats.job import ChatJob
+    from megapatch.tools.preprocess.chats.work import Worker
 
 _LOG = logging.getLogger("megapatch.tools.preprocess")
 EXAMPLES = """examples:
@@ -24,9 +24,9 @@ def preprocess_chat(options: Options) -> None:
     """Write all outputs and the manifest, or nothing."""
     from megapatch.models.indexed_data import manifest_path
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.tools.preprocess.inputs import find_sources
-    from megapatch.tools.preprocess.pipeline import run_job
-    from megapatch.tools.preprocess.workers import quiet_engine
+    from megapatch.tools.preprocess.reading.inputs import find_sources
+    from megapatch.tools.preprocess.run.pipeline import run_job
+    from megapatch.tools.preprocess.run.workers import quiet_engine
 
     sources = find_sources(options)
     for source in sources:
@@ -46,7 +46,7 @@ def preprocess_chat(options: Options) -> None:
 
 def make_job(options: Options, tokenizer: "Tokenizer") -> "ChatJob":
     """The job for these options."""
-    from megapatch.tools.preprocess.chat_job import ChatJob
+    from megapatch.tools.preprocess.chats.job import ChatJob
 
     renderer = make_renderer(options, tokenizer)
     return ChatJob(options, _worker(options, tokenizer, renderer))
@@ -80,11 +80,11 @@ def _worker(options: Options, tokenizer: "Tokenizer", renderer: "Renderer") -> "
     from megapatch.models.chat_literal import LiteralEncoder
     from megapatch.models.chat_mask import Masker
     from megapatch.models.chat_special import Special
-    from megapatch.tools.preprocess.around import Around
-    from megapatch.tools.preprocess.chat_records import taker
-    from megapatch.tools.preprocess.chat_texts import Texts
-    from megapatch.tools.preprocess.chat_work import Worker
-    from megapatch.tools.preprocess.encoder import EncodeOptions, Encoder
+    from megapatch.tools.preprocess.chats.records import taker
+    from megapatch.tools.preprocess.chats.texts import Texts
+    from megapatch.tools.preprocess.chats.work import Worker
+    from megapatch.tools.preprocess.encoding.around import Around
+    from megapatch.tools.preprocess.encoding.encoder import EncodeOptions, Encoder
 
     special = Special(list(tokenizer.special_tokens.values()))
     literal = None

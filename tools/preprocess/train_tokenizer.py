@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 
 from megapatch.models.cli import UserError, opt, run
 from megapatch.models.commit import refuse_existing, staged_file, staged_folder
-from megapatch.tools.preprocess.bad_lines import BadLines
-from megapatch.tools.preprocess.inputs import InputOptions, Source, chunks, find_sources, total_bytes
-from megapatch.tools.preprocess.ledger import Ledger
-from megapatch.tools.preprocess.progress import Progress
-from megapatch.tools.preprocess.records import Tally, read_records, text_of
+from megapatch.tools.preprocess.reading.bad_lines import BadLines
+from megapatch.tools.preprocess.reading.inputs import InputOptions, Source, chunks, find_sources, total_bytes
+from megapatch.tools.preprocess.reading.records import Tally, read_records, text_of
+from megapatch.tools.preprocess.run.ledger import Ledger
+from megapatch.tools.preprocess.run.progress import Progress
 from megapatch.tools.preprocess.tokenizer_files import CHATML_TOKENS, read_template, side_files
 
 _LOG = logging.getLogger("megapatch.tools.preprocess")
