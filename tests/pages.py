@@ -26,10 +26,11 @@ def printed(commands: list[str], folder: Path, more: dict[str, str] | None = Non
     """What each of the commands prints, stdout and stderr together, all in one shell; every one must succeed."""
     script = "set -euo pipefail\n" + "".join(f"{text}\necho '{MARK}'\n" for text in commands)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    fixed = {"PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}  # pytest-xdist sets 80
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=folder,
-        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | (more or {}),
+        env=os.environ | fixed | (more or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
