@@ -63,6 +63,76 @@ def test_bad_input_is_named_with_its_place_and_leaves_nothing(
         assert left(tmp_path / "out") == []
 
 
+def test_nothing_that_is_read_or_written_is_written_over(
+    tok: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, prefix = tmp_path / "in.jsonl", tmp_path / "data"
+    source.write_bytes(GOOD + b"bad\n")
+    (tmp_path / "there").write_text("mine")
+    cases = {"in.jsonl": "is an input", "data.bin": "is written", "data.idx": "is written", "there": "exists already"}
+    for name, words in cases.items():
+        more = ("--on-bad-line", f"quarantine={tmp_path / name}", *(["--force"] if name == "in.jsonl" else []))
+        assert run(tok, prefix, source, more=more) == 1
+        error = capfd.readouterr().err
+        assert f"{tmp_path / name}: {words}" in error and "choose another quarantine=FILE" in error
+    assert source.read_bytes() == GOOD + b"bad\n" and left(tmp_path) == ["in.jsonl", "there"]
+    binary = tmp_path / "x.bin"
+    binary.write_bytes(GOOD)
+    assert run(tok, tmp_path / "x", binary, more=("--format", "jsonl", "--force")) == 1
+    assert f"{binary}: is an input" in capfd.readouterr().err and binary.read_bytes() == GOOD
+
+
+def test_a_prefix_that_is_no_name_or_cannot_be_made_is_refused(
+    tok: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", DOCUMENTS)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for prefix in ("", ".", "a/.."):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--input", str(source), "--tokenizer", str(tok), "--output-prefix", prefix])
+        assert "--output-prefix" in capfd.readouterr().err
+    assert run(tok, Path("folder"), source) == 1
+    assert "--output-prefix folder: is a folder; add a name" in capfd.readouterr().err
+    assert run(tok, Path("/proc/data"), source) == 1
+    assert "/proc/data.partial: cannot be made (" in capfd.readouterr().err
+    assert left(tmp_path) == ["folder", "in.jsonl"] and left(tmp_path / "folder") == []
+
+
+def test_json_lines_by_another_name_are_not_taken_for_text(
+    tok: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl.1", DOCUMENTS)
+    assert run(tok, tmp_path / "data", source) == 1
+    assert f"{source}: text by its name, but its first line is a JSON object; say --format" in capfd.readouterr().err
+    assert run(tok, tmp_path / "data", source, more=("--format", "text")) == 0
+    assert run(tok, tmp_path / "data", source, more=("--format", "jsonl", "--force")) == 0
+    (tmp_path / "c.txt").write_text("{\n  a: b\n}\n")
+    assert run(tok, tmp_path / "c", tmp_path / "c.txt") == 0
+
+
+def test_a_key_of_sources_that_no_record_has_is_told(
+    tok: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", DOCUMENTS)
+    for key, told in (("nope", True), ("id", False)):
+        assert run(tok, tmp_path / key, source, more=("--source-key", key)) == 0
+        assert (f"--source-key {key}: no record has this key" in capfd.readouterr().err) == told
+
+
+def test_what_belonged_to_the_replaced_set_goes(tok: Path, tmp_path: Path) -> None:
+    source, prefix = write_jsonl(tmp_path / "in.jsonl", DOCUMENTS), tmp_path / "data"
+    manifest = {"format": "chat", "bin_bytes": 0}
+    stale = ["data_mask.bin", "data_mask.idx", "data_weight.bin", "data.pack-64.npz", "data.pack-64-m4.npz"]
+    others = ["data2.pack-64.npz", "data_more.bin"]
+    for name in ("data.bin", "data.idx", *stale, *others):
+        (tmp_path / name).write_bytes(b"old")
+    (tmp_path / "data.manifest.json").write_text(json.dumps(manifest))
+    assert run(tok, prefix, source, more=("--force",)) == 0
+    made = ["data.args", "data.bin", "data.idx", "data.manifest.json"]
+    assert left(tmp_path) == sorted([*made, *others, "in.jsonl"])
+
+
 def test_skipped_input_is_counted_and_named(tok: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for i, (name, content, _) in enumerate(BAD):
         (tmp_path / f"{i:02}{name}").write_bytes(content)

@@ -39,6 +39,7 @@ class ChatJob:
         self.truncation: dict[str, Any] = {"records": 0, "lost_tokens": 0, "examples": []}
         self.spelled: dict[str, int] = {}
         self._bad_lines = BadLines(options.quarantine)
+        self.put_aside = self._bad_lines.paths
 
     def identity(self) -> dict[str, Any]:
         """All that decides the bytes besides the inputs."""

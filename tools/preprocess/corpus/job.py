@@ -11,7 +11,7 @@ import numpy as np
 
 from megapatch.tools.preprocess.corpus import selection
 from megapatch.tools.preprocess.corpus.manifest import identity, manifests
-from megapatch.tools.preprocess.corpus.options import Options, arguments_path, prefixes, taker
+from megapatch.tools.preprocess.corpus.options import Options, arguments_path, missing, prefixes, taker
 from megapatch.tools.preprocess.encoding.contamination import Contamination, Hit, Spoiled, read_evaluation
 from megapatch.tools.preprocess.encoding.encoder import Encoded, Encoder
 from megapatch.tools.preprocess.encoding.watch import Report as EngineReport
@@ -54,7 +54,8 @@ class Corpus:
         self.ledger = Ledger(options.on_bad_line, by_key=bool(options.source_key))
         self.watch = encoder.watch()
         self._bad_lines = BadLines(options.quarantine)
-        self.also = [arguments_path(options), *self._bad_lines.paths]
+        self.put_aside = self._bad_lines.paths
+        self.also = [arguments_path(options), *self.put_aside]
         evaluation = read_evaluation(options.contamination)
         self._find = Contamination(evaluation, options.contamination_ngram) if evaluation else None
         self._spoiled = Spoiled(list(evaluation)) if evaluation else None
@@ -117,6 +118,9 @@ class Corpus:
             notes[SEEN] = report.hashes[kept[fresh]].tobytes()
         lengths = report.lengths + self.encoder.around.num_tokens
         ended = self._stop(fate, lengths.sum(axis=0))
+        if ended:
+            place = report.tallies[-1].piece.path
+            _LOG.info("--max-tokens are reached in %s; what follows its chunk was not read", place)
         self._count(report, lengths)
         verdict = np.where(fate == selection.KEPT, report.share, np.int8(_DROPPED))
         kept_lengths = [one[verdict == share].astype(np.int32) for one in lengths for share in range(self._num_shares)]
@@ -128,7 +132,8 @@ class Corpus:
             return False
         total = self.ledger.tokens + np.cumsum(np.where(fate == selection.KEPT, tokens, 0))
         reached = int(np.searchsorted(total, self.options.max_tokens))
-        fate[reached + 1 :] = selection.BEYOND
+        rest = fate[reached + 1 :]
+        rest[rest == selection.KEPT] = selection.BEYOND
         return reached < len(fate)
 
     def _count(self, report: Report, lengths: np.ndarray) -> None:
@@ -170,6 +175,9 @@ class Corpus:
         if self.watch.special:
             found = ", ".join(f"{token} {count:,}" for token, count in sorted(self.watch.special.items()))
             _LOG.warning("special tokens that texts spell out became tokens: %s; see --special-in-text", found)
+        key = self.options.source_key
+        if key and not set(self.ledger.sources) - {missing(key)}:
+            _LOG.warning("--source-key %s: no record has this key", key)
         made = manifests(self.options, self.encoder, self.ledger, self.watch, self._spoiled, written, inputs)
         return {**made, **self._bad_lines.files(folder)}
 

@@ -69,9 +69,14 @@ def taker(options: Options, encoder: Encoder) -> Callable[[Any], tuple[str, ...]
     return take
 
 
+def missing(key: str) -> str:
+    """The source of records that lack the key."""
+    return f"(no {key})"
+
+
 def _source(value: Any, key: str) -> str:
     try:
         return text_of([key])(value)[0][:_MAX_NAME]
     except BadRecord:
         found = value.get(key)
-        return f"(no {key})" if found is None else json.dumps(found)[:_MAX_NAME]
+        return missing(key) if found is None else json.dumps(found)[:_MAX_NAME]

@@ -92,9 +92,13 @@ def refuse_changed(path: str, descriptor: int, stamp: Stamp | None) -> None:
         raise changed(path)
 
 
-def changed(path: str) -> UserError:
+class Changed(UserError):
+    """An input is not what it was; what was made of it cannot be gone on with."""
+
+
+def changed(path: str) -> Changed:
     """The error for a file that is not what it was."""
-    return UserError(f"{path}: changed while it was read; run again when nothing writes to it")
+    return Changed(f"{path}: changed while it was read; run again when nothing writes to it")
 
 
 class LineNumbers:

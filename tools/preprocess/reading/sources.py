@@ -1,6 +1,7 @@
 """The files, folders and streams named by --input, in a fixed order, and what each of them holds."""
 
 import glob
+import json
 import os
 import stat
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from megapatch.models.cli import Common, UserError, opt
 
 STDIN = "-"
 QUARANTINE = "quarantine="
+_HEAD_BYTES = 256
+_MAX_LINE_BYTES = 64 << 20
 PACKINGS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 _KINDS = {
     **dict.fromkeys((".jsonl", ".json", ".ndjson"), "jsonl"),
@@ -169,9 +172,29 @@ def _source(path: str, options: SourceOptions) -> Source:
     if packing and kind in COLUMNAR:
         raise UserError(f"{path}: {packing} around {kind}, which compresses by itself; unpack it first")
     size = _size(path)
+    if options.format == "auto" and kind == "text" and size and not packing:
+        _refuse_json(path)
     if size is None and kind == "parquet":
         raise UserError(f"{'stdin' if path == STDIN else path}: parquet is read from its end; give a file")
     return Source(path, kind, size, packing, options.columns if kind in COLUMNAR else ())
+
+
+def _refuse_json(path: str) -> None:
+    """A file that is text by its name alone must not begin with a line of JSON lines."""
+    with open(path, "rb") as file:
+        if not file.read(_HEAD_BYTES).lstrip().startswith(b"{"):
+            return
+        file.seek(0)
+        line = file.read(_MAX_LINE_BYTES).lstrip().split(b"\n", 1)[0]
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):  # among them: not UTF-8
+        return
+    if isinstance(value, dict):
+        raise UserError(
+            f"{path}: text by its name, but its first line is a JSON object; say --format jsonl, or --format text if "
+            "the whole file is one document"
+        )
 
 
 def _size(path: str) -> int | None:

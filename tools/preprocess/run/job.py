@@ -81,6 +81,10 @@ class Job(Protocol[R]):
     def also(self) -> Sequence[Path]:
         """Other files that it writes, besides the manifests of the outputs."""
 
+    @property
+    def put_aside(self) -> Sequence[Path]:
+        """Those of them for bad lines."""
+
     def identity(self) -> dict[str, Any]:
         """JSON values: all that decides the bytes written besides the inputs and how they are cut."""
 

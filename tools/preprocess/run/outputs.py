@@ -1,14 +1,18 @@
 """The end of a run: indices and manifests of all outputs, put in place together, every .idx last."""
 
+import glob
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megapatch.models.cli import UserError
 from megapatch.models.commit import digest, make_parents, real
+from megapatch.models.data_formats import PAIRS
 from megapatch.models.indexed_data import bin_path, idx_path, manifest_path, write_index
+from megapatch.tools.preprocess.reading.sources import QUARANTINE
 from megapatch.tools.preprocess.run.job import Job, Output, Written
 from megapatch.tools.preprocess.run.run_state import RunState
 from megapatch.tools.preprocess.run.stopping import Stopping
@@ -21,10 +25,43 @@ def targets(output: Output) -> list[Path]:
 
 def refuse_existing(job: Job[Any], force: bool) -> None:
     """Refuse to write over any file, unless ``force``."""
-    for path in [path for output in job.outputs for path in targets(output)] + list(job.also):
+    for path in [*_of_outputs(job), *job.also]:
         if path.exists() and not (force and path.is_file()):
             advice = "or replace it with --force" if path.is_file() else "it is no regular file"
-            raise UserError(f"{path}: exists already; choose another --output-prefix, {advice}")
+            raise UserError(f"{path}: exists already; choose another {_option(job, path)}, {advice}")
+
+
+def refuse_clashes(job: Job[Any], inputs: Iterable[str]) -> None:
+    """Refuse to write over a file that is read, or to put bad lines where an output goes."""
+    read = {os.path.realpath(path) for path in inputs}
+    written = [os.path.realpath(path) for path in (*_of_outputs(job), *job.also)]
+    for path in [*_of_outputs(job), *job.also]:
+        if os.path.realpath(path) in read:
+            raise UserError(f"{path}: is an input, and would be written over; choose another {_option(job, path)}")
+    for path in job.put_aside:
+        if written.count(os.path.realpath(path)) > 1:
+            raise UserError(f"{path}: is written by this run already; choose another {_option(job, path)}")
+
+
+def _of_outputs(job: Job[Any]) -> list[Path]:
+    return [path for output in job.outputs for path in targets(output)]
+
+
+def _former(prefix: Path) -> list[Path]:
+    """What lies there of a set that this run replaces: its pairs, arguments for the trainer, plans for packing."""
+    try:
+        said = json.loads(manifest_path(prefix).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return []
+    ends = PAIRS.get(said.get("format", ""), ()) if isinstance(said, dict) else ()
+    pairs = [path for end in ends for path in (idx_path(f"{prefix}{end}"), bin_path(f"{prefix}{end}"))]
+    plans = [path for end in ends for path in prefix.parent.glob(f"{glob.escape(prefix.name + end)}.pack-*.npz")]
+    return [path for path in (*pairs, Path(f"{prefix}.args"), *plans) if ends and path.is_file()]
+
+
+def _option(job: Job[Any], path: Path) -> str:
+    """The option that names a file."""
+    return f"{QUARANTINE}FILE" if path in job.put_aside else "--output-prefix"
 
 
 def complete(job: Job[Any], prefix: Path, run: str) -> bool:
@@ -50,7 +87,8 @@ def publish(
         small.append((_near(stage, _target(path)), _target(path)))
     bins = [(state.folder / f"{n}.bin", _target(bin_path(job.outputs[n].prefix))) for n in kept]
     indices = [(state.folder / f"{n}.idx", _target(idx_path(job.outputs[n].prefix))) for n in kept]
-    old = [_target(path) for output in job.outputs for path in targets(output)] + [_target(path) for path in job.also]
+    former = [path for prefix in {state.prefix, *(output.prefix for output in job.outputs)} for path in _former(prefix)]
+    old = [_target(path) for path in (*_of_outputs(job), *job.also, *former)]
     stale = sorted(old, key=lambda path: path.suffix != ".idx")  # an old index must never stand beside a new .bin
     state.commit([*bins, *small, *indices], stale)
     return written

@@ -15,9 +15,10 @@ import xxhash
 from megapatch.models.cli import UserError, opt
 from megapatch.models.commit import naming_full_disks
 from megapatch.tools.preprocess.reading.inputs import Chunk, InputDigests, Source, SourceOptions, chunks, total_bytes
+from megapatch.tools.preprocess.reading.pieces import Changed
 from megapatch.tools.preprocess.run.job import Job, Written
 from megapatch.tools.preprocess.run.ledger import BadLine
-from megapatch.tools.preprocess.run.outputs import complete, publish, refuse_existing
+from megapatch.tools.preprocess.run.outputs import complete, publish, refuse_clashes, refuse_existing
 from megapatch.tools.preprocess.run.progress import Progress
 from megapatch.tools.preprocess.run.run_state import RunState
 from megapatch.tools.preprocess.run.stopping import Stopped, Stopping, listening
@@ -41,6 +42,10 @@ class RunOptions(SourceOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        if str(self.output_prefix) != os.path.normpath(self.output_prefix) or self.output_prefix.name in ("", ".."):
+            raise ValueError(
+                f"--output-prefix {self.output_prefix}: expected a path that ends in a name, such as data/train"
+            )
         if self.resume and self.force:
             raise ValueError(
                 "--resume goes on with what an interrupted run left, --force replaces it; give one of them"
@@ -50,6 +55,9 @@ class RunOptions(SourceOptions):
 
 def run_job(job: Job[Any], sources: Sequence[Source], options: RunOptions) -> list[Written] | None:
     """Do the job on all inputs and put its outputs in place; None when an interrupted run had only that left to do."""
+    if options.output_prefix.is_dir():
+        raise UserError(f"--output-prefix {options.output_prefix}: is a folder; add a name, such as train, to it")
+    refuse_clashes(job, [source.path for source in sources])
     if not options.resume:
         refuse_existing(job, options.force)
     state = RunState(options.output_prefix)
@@ -197,8 +205,9 @@ class _Run:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + stopped.number) from None
         except UserError as error:
-            if isinstance(error, BadLine) and not self.state.has_saved:
-                self.state.forget()  # a few seconds' work: sooner mended and begun again than gone on with
+            soon = isinstance(error, BadLine) and not self.state.has_saved  # sooner begun again than gone on with
+            if soon or isinstance(error, Changed):
+                self.state.forget()
             kept = self._keep()
             raise UserError(f"{error}; {kept}" if kept else str(error)) from error
         except BaseException:
@@ -244,10 +253,13 @@ class _Read:
 def _check_identity(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
-            raise UserError(
-                f"{folder}: of a run with another {name}: {_short(old.get(name))} then, {_short(new.get(name))} now; "
-                "go on with what it had, or start anew with --force"
+            then, now = _short(old.get(name)), _short(new.get(name))
+            what = (
+                "other inputs (names, kinds or sizes)"
+                if name == "inputs"
+                else f"another {name}: {then} then, {now} now"
             )
+            raise UserError(f"{folder}: of a run with {what}; go on with what it had, or start anew with --force")
 
 
 def _short(value: Any) -> str:

@@ -61,6 +61,11 @@ class RunState:
         while True:
             try:
                 self.folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"{self.folder}: cannot be made ({error.strerror}); choose another --output-prefix"
+                ) from error
+            try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:  # the run that had the folder has just removed it
                 continue
