@@ -113,3 +113,12 @@ def test_documents_are_counted_by_evaluation_file_and_the_first_are_examples() -
         spoiled.absorb([Hit(number, number % 2, string.ascii_letters[number])])
     assert spoiled.documents == {"a": 4, "b": 4}
     assert [example["words"] for example in spoiled.examples] == list("abcde")
+
+
+def test_scripts_without_blanks_are_compared_by_character() -> None:
+    question = "从前有一座山，山里有一座庙，庙里有个老和尚在讲故事"
+    assert words_of("Ab 漢字cd かな") == ["ab", "漢", "字", "cd", "か", "な"]
+    found = Contamination({"eval": [question]})(
+        ["他说：" + question + "。完", question[:10], "山里有个人在讲别的事，与此无关，也不重复"]
+    )
+    assert [(hit.text, hit.file) for hit in found] == [(0, 0)]

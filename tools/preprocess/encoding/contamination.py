@@ -14,7 +14,11 @@ from megapatch.models.cli import UserError, opt
 
 _LOG = logging.getLogger("megapatch.tools.preprocess")
 _JSON = (".jsonl", ".ndjson", ".json")
-_WORD = re.compile(r"\w+")
+_UNSPACED = (  # Thai, Lao, Myanmar, Khmer, kana, Han: written without blanks between words
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]")
 _GROUP_CHARACTERS = 1 << 18  # whose words are in memory at a time
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _EXAMPLES = 5
@@ -28,7 +32,8 @@ class ContaminationOptions:
     contamination: list[Path] = opt(
         "evaluation files; a document that shares a run of --contamination-ngram words with one is left out. JSON "
         "(.jsonl .json .ndjson): every string in it is a text; else the file is one text. Words are compared without "
-        "case and punctuation; a text or document of fewer words only as a whole",
+        "case and punctuation, and a character of Han, kana, Thai, Lao, Khmer or Myanmar counts as a word; a text or "
+        "document of fewer words only as a whole",
         [],
         nargs="+",
         repeat=True,
@@ -49,7 +54,8 @@ class ContaminationOptions:
 
 
 def words_of(text: str) -> list[str]:
-    """The words that are compared: runs of letters, digits and underscores, casefolded."""
+    """The words that are compared, casefolded: runs of letters, digits and underscores; of scripts without blanks
+    between words, characters."""
     return _WORD.findall(text.casefold())
 
 
