@@ -170,6 +170,8 @@ def test_several_keys_of_compressed_lines_teach_and_bad_lines_are_put_aside(tmp_
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join([*good[:9], '{"a": 1}', "", *good[9:]]).encode()))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"a": line, "b.c": line[::-1]}) + "\n" for line in lines))
     keep = ("--on-bad-line", f"quarantine={tmp_path}/bad")
+    over = ("--on-bad-line", f"quarantine={tmp_path}/a.jsonl.gz", "--force")
+    assert train(tmp_path / "a.jsonl.gz", tmp_path / "none", "--text-key", "a", "b.c", *over) == 1
     assert train(tmp_path / "a.jsonl.gz", tmp_path / "one", "--text-key", "a", "b.c", *keep) == 0
     assert train(tmp_path / "b.jsonl", tmp_path / "two", "--text-key", "a", "b.c") == 0
     assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tmp_path / "two" / "tokenizer.json").read_bytes()

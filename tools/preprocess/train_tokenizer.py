@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -81,7 +82,7 @@ def train_tokenizer(options: Options) -> None:
     template = read_template(options.chat_template, options.all_special)
     sources = find_sources(options)
     ledger = Ledger(options.on_bad_line)
-    with Quarantine(options) as quarantine:
+    with Quarantine(options, sources) as quarantine:
         backend = learn(options, sources, ledger, quarantine)
         found = backend.get_vocab_size()
         if found < options.vocab_size:
@@ -103,10 +104,13 @@ def train_tokenizer(options: Options) -> None:
 class Quarantine:
     """The two files of --on-bad-line quarantine=FILE, which appear when the run succeeds."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, sources: Sequence[Source]) -> None:
         self._bad_lines, self._stack = BadLines(options.quarantine), ExitStack()
         self._files: list[BinaryIO] = []
+        read = {os.path.realpath(source.path) for source in sources}
         for path in self._bad_lines.paths:
+            if os.path.realpath(path) in read:
+                raise UserError(f"{path}: is an input, and would be written over; name another file")
             if path.exists() and not options.force:
                 raise UserError(f"{path}: exists already; name another file, or replace it with --force")
 

@@ -65,7 +65,10 @@ def _before(tokenizer: Tokenizer, bos: str | None) -> tuple[int, ...]:
 
 
 def _after(tokenizer: Tokenizer) -> tuple[int, ...]:
-    eod, expected = tokenizer.eod_id, tokenizer.suffix_ids
+    try:
+        eod, expected = tokenizer.eod_id, tokenizer.suffix_ids
+    except UserError as error:
+        raise UserError(f"{error}, or give --eod no") from error
     if expected and expected[-1] != eod:
         raise UserError(
             f"{tokenizer.folder}: ends every text with {_shown(tokenizer, expected)} by its own configuration, but its "

@@ -173,6 +173,8 @@ def read_evaluation(paths: Sequence[Path]) -> dict[str, list[str]]:
 
 
 def _texts(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"--contamination {path}: no such file; expected a text, or JSON (.jsonl .ndjson .json)")
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
