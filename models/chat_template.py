@@ -22,7 +22,7 @@ from megapatch.models.cli import UserError
 
 LEAST_JINJA = (3, 1, 6)  # older ones have known ways out of the sandbox, and templates come with models of others
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # around what the model says; noncharacters, which no text holds
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first or second
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first or second
 Message = dict[str, Any]
 Span = tuple[int, int]
 
@@ -105,7 +105,7 @@ def _as_templates_expect(message: Message) -> Message:
     """A message without nulls (which templates would write as 'None'), its reasoning under the names they read."""
     if None in message.values():
         message = {key: value for key, value in message.items() if value is not None}
-    for key in _REASONING:
+    for key in REASONING:
         if key in message:
             return {"thinking": message[key], **message, "reasoning_content": message[key]}
     return message

@@ -7,25 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megapatch.models.cli import UserError
+from megapatch.tools.preprocess.chatml import CHATML
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-# The generation tags mark what an assistant says, so that a loss mask can be made from them.
-_CHATML = """\
-{%- for message in messages %}
-{%- if message['role'] == 'assistant' %}
-{{- '<|im_start|>assistant\\n' }}
-{%- generation %}
-{{- message['content'] + '<|im_end|>' }}
-{%- endgeneration %}
-{{- '\\n' }}
-{%- else %}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
 _MARKER = re.compile(r"<\|[^|<>\s]+\|>")  # how special tokens are written by most
 _SAID = "what the assistant says"  # no template has it
 
@@ -34,7 +18,7 @@ def read_template(name: str, special: Sequence[str]) -> str | None:
     """The chat template that --chat-template names: none, chatml or a Jinja file, which may only use ``special``."""
     if name == "none":
         return None
-    text = _CHATML if name == "chatml" else _read(Path(name))
+    text = CHATML if name == "chatml" else _read(Path(name))
     missing = sorted({*_MARKER.findall(text + _rendered(text, name, special))} - {*special})
     if missing:
         raise UserError(

@@ -38,6 +38,7 @@ class ChatJob:
         self._weighted = False
         self.truncation: dict[str, Any] = {"records": 0, "lost_tokens": 0, "examples": []}
         self.spelled: dict[str, int] = {}
+        self.unshown: dict[str, Any] = {"fields": {}, "examples": []}
         self._bad_lines = BadLines(options.quarantine)
         self.put_aside = self._bad_lines.paths
 
@@ -109,6 +110,17 @@ class ChatJob:
         counts["masked_by_offsets"] += report.by_offsets
         self.spelled = dict(Counter(self.spelled) + Counter(report.spelled))
         self._count_cuts(report)
+        self._count_unshown(report)
+
+    def _count_unshown(self, report: Report) -> None:
+        fields, examples = self.unshown["fields"], self.unshown["examples"]
+        for record, begins, names in report.unshown:
+            if report.fate[record]:
+                continue
+            for name in names:
+                fields[name] = fields.get(name, 0) + 1
+            if len(examples) < _EXAMPLES:
+                examples.append({"path": report.paths[record], "begins": begins, "fields": sorted({*names})})
 
     def _count_cuts(self, report: Report) -> None:
         said = self.truncation
@@ -141,6 +153,7 @@ class ChatJob:
             "counts": self.counts,
             "truncation": self.truncation,
             "spelled": self.spelled,
+            "unshown": self.unshown,
             "weighted": self._weighted,
         }
 
@@ -152,6 +165,7 @@ class ChatJob:
             self.watch = Watch.of(state["watch"])
             self.counts, self.truncation = dict(state["counts"]), dict(state["truncation"])
             self.spelled, self._weighted = dict(state["spelled"]), state["weighted"]
+            self.unshown = dict(state["unshown"])
             if (order := self.watch.order()) is not None:
                 self.obey(order)
 
@@ -171,6 +185,13 @@ class ChatJob:
             said.append(
                 f"{self.truncation['records']:,} longer than {most:,} tokens (--truncate {how}): "
                 f"{self.truncation['lost_tokens']:,} tokens lost; examples are in the manifest"
+            )
+        if fields := self.unshown["fields"]:
+            counted = ", ".join(f"{name} {count:,}" for name, count in sorted(fields.items()))
+            first = self.unshown["examples"][0]
+            said.append(
+                f"NOTE: the template leaves out what the data have: {counted}; as in the conversation of "
+                f"{first['path']} that begins {first['begins']!r}; --template FILE gives another template"
             )
         if self.spelled:
             tokens = ", ".join(f"{token} {count:,}" for token, count in sorted(self.spelled.items()))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megapatch.models.chat import Chat, Renderer, Sample
+from megapatch.models.chat_shown import silent_turn, unshown
 from megapatch.models.chat_special import Special
 from megapatch.models.chat_template import ChatError
 from megapatch.tools.preprocess.chats.records import Preference, Prompt
@@ -22,6 +23,7 @@ class Item:
     begins: str  # what the first user says, to know the record by
     answer: bytes | None = None
     spelled: list[str] = field(default_factory=list)
+    unshown: list[str] = field(default_factory=list)  # fields that the template leaves out, one a message
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ class Texts:
     def _chat(self, chat: Chat) -> Item:
         self._refuse_weights(chat)
         samples, spelled = self._samples(chat)
-        return Item([samples], _begins(chat), None, spelled)
+        return Item([samples], _begins(chat), None, spelled, self._unshown(chat, samples[0].text))
 
     def _preference(self, pair: Preference) -> Item:
-        sides, spelled = [], []
+        sides: list[list[Sample]] = []
+        spelled, left_out = [], []
         for name, chat in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             self._refuse_weights(chat)
             samples, mine = self._samples(chat)
@@ -57,7 +60,8 @@ class Texts:
                 raise BadRecord(f"{name!r} has several turns that the template rewrites; only its last can be compared")
             sides.append(samples)
             spelled += mine
-        return Item(sides, _begins(pair.chosen), None, spelled)
+            left_out += self._unshown(chat, samples[0].text)
+        return Item(sides, _begins(pair.chosen), None, spelled, left_out)
 
     def _prompt(self, prompt: Prompt) -> Item:
         chat, spelled = self._checked(prompt.chat)
@@ -66,7 +70,8 @@ class Texts:
         if chat is not prompt.chat:
             sample = self.special.unmarked(sample)
         answer = None if prompt.answer is None else prompt.answer.encode(errors="surrogatepass")
-        return Item([[sample]], _begins(prompt.chat), answer, spelled)
+        left_out = self._unshown(prompt.chat, sample.text)
+        return Item([[sample]], _begins(prompt.chat), answer, spelled, left_out)
 
     def _samples(self, chat: Chat) -> tuple[list[Sample], list[str]]:
         """The texts of a conversation, each with something to train on, and special tokens that it spells out."""
@@ -86,6 +91,17 @@ class Texts:
         if spelled and self.special_in_text == "fail":
             raise BadRecord(f"a message spells the special token {spelled[0]!r}; mend it, or see --special-in-text")
         return (self.special.marked(chat) if spelled and self.special_in_text == "literal" else chat), spelled
+
+    def _unshown(self, chat: Chat, text: str) -> list[str]:
+        """Fields that the template leaves out; a turn of the assistant of which nothing is left is a bad line."""
+        hidden = unshown(self.renderer.template_for(chat), chat, text)
+        if hidden and (number := silent_turn(chat, hidden)) is not None:
+            said = " and ".join(name for where, name in hidden if where == number)
+            raise BadRecord(
+                f"messages[{number}]: the template writes nothing of what the assistant says here ({said}); give one "
+                "that does with --template FILE"
+            )
+        return [name for _, name in hidden]
 
     def _refuse_weights(self, chat: Chat) -> None:
         if self.message_weights or chat.weights is None:
