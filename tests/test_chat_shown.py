@@ -4,7 +4,7 @@ import json
 
 import chat_data
 import pytest
-from chat_runs import ASK, GOOD, SAY, run_tool, said, tokenizers  # noqa: F401
+from chat_runs import ASK, GOOD, SAY, contents, run_tool, said, tokenizers  # noqa: F401
 
 from megapatch.models.chat import Chat, Renderer, rewrites
 from megapatch.models.chat_shown import silent_turn, unshown
@@ -106,3 +106,18 @@ def test_a_turn_that_would_vanish_is_a_bad_line(go, toks, capsys):
     assert "in.jsonl:2 " in (told := capsys.readouterr().err) and "messages[1]: the template writes nothing" in told
     status, prefix = go(records, tok="tools")
     assert status == 0 and len(said(toks["tools"], prefix)) == 2
+
+
+def test_rows_of_a_table_give_the_ids_of_the_same_json_lines(go, tmp_path):
+    """A struct column has each key that any row has; nulls that nobody wrote are no part of tools and calls."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    records = []
+    for name in ("a", "b"):
+        call = {"type": "function", "function": {"name": name, "arguments": {name: 1}}}
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": {name: {"type": "int"}}}}}
+        messages = [ASK, {"role": "assistant", "content": "", "tool_calls": [call]}, RESULT, SAY]
+        records.append({"messages": messages, "tools": [tool]})
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    _, lines = go(records, tok="tools", name="lines")
+    _, rows = go(records, "--input", str(tmp_path / "a.parquet"), tok="tools", name="rows")
+    assert contents(lines) == contents(rows)

@@ -45,6 +45,10 @@ class Texts:
         except ChatError as error:
             raise BadRecord(str(error)) from None
 
+    def of_row(self, record: Any) -> Item:
+        """An Item of a row of a table, whose structs have each key that any row has, null where there is none."""
+        return self(_without_nulls(record) if isinstance(record, dict) else record)
+
     def _chat(self, chat: Chat) -> Item:
         self._refuse_weights(chat)
         samples, spelled = self._samples(chat)
@@ -108,6 +112,13 @@ class Texts:
             return
         if other := next((weight for weight in chat.weights if weight not in (0, 1)), None):
             raise BadRecord(f"a message has weight {other:g}; weights other than 0 and 1 need --message-weights")
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without members of objects that are null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _nothing_trained(chat: Chat) -> str:

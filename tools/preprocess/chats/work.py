@@ -101,7 +101,8 @@ class Worker:
         items: list[Item] = []
         tallies, paths = [], []
         for piece in chunk:
-            records = read_records(piece, self.texts, keep_raw=self.keep_raw)
+            take = self.texts.of_row if piece.kind in ("parquet", "arrow") else self.texts
+            records = read_records(piece, take, keep_raw=self.keep_raw)
             items += records.taken
             tallies.append(records.tally)
             paths += [piece.path] * len(records.taken)
