@@ -54,13 +54,14 @@ def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); remove it, or make the data again with mp-preprocess") from error
+        raise UserError(f"{path}: not JSON ({error}); remove it, or make the data again") from error
     size = bin_path(prefix).stat().st_size if bin_path(prefix).is_file() else None
     said = found.get("bin_bytes") if isinstance(found, dict) else None
     if not isinstance(found, dict) or said != size:
         there = "no such file" if size is None else f"{size} bytes found"
+        tool = found.get("tool", "mp-preprocess") if isinstance(found, dict) else "mp-preprocess"
         raise UserError(
-            f"{path}: does not describe {bin_path(prefix)}: {there}, {said} expected; make both with mp-preprocess"
+            f"{path}: does not describe {bin_path(prefix)}: {there}, {said} expected; make both with {tool}"
         )
     return found
 
@@ -173,11 +174,13 @@ class Index:
         release(self.lengths)
 
 
-def read_index(prefix: str | Path) -> Index:
-    """Read PREFIX.idx and check it, and PREFIX.bin's size against it; anything wrong is a UserError."""
+def read_index(prefix: str | Path, tool: str = "mp-preprocess") -> Index:
+    """Read PREFIX.idx and check it, and PREFIX.bin's size against it; anything wrong is a UserError, which says to make
+    them with ``tool``."""
     path = idx_path(prefix)
     if not path.is_file():
-        raise _missing(prefix)
+        refuse_suffix(prefix)
+        raise _missing(prefix, tool)
     size = path.stat().st_size
     if size < _HEADER.size:
         raise UserError(f"{path}: {size} bytes found, expected a header of {_HEADER.size}; the file is damaged")
@@ -199,18 +202,25 @@ def read_index(prefix: str | Path) -> Index:
     index = _mapped(np.dtype(DTYPES[code]), raw, num_sequences, table, size > expected)
     _check_offsets(prefix, index)
     _check_table(prefix, index)
-    _check_bin(prefix, index)
+    _check_bin(prefix, index, tool)
     return index
 
 
-def _missing(prefix: str | Path) -> UserError:
+def refuse_suffix(prefix: str | Path) -> None:
+    """Refuse the name of a file where its prefix is asked for."""
+    name = Path(prefix)
+    if name.suffix in (".bin", ".idx") and name.is_file():
+        raise UserError(f"{prefix}: is a file; give its prefix, {name.with_suffix('')}, without {name.suffix}")
+
+
+def _missing(prefix: str | Path, tool: str) -> UserError:
     partial = partial_path(prefix)
     if partial.is_dir():
         return UserError(
             f"{idx_path(prefix)}: no such file, but {partial} is there, of a run that was interrupted or still writes; "
-            "wait for it, or finish it with the same mp-preprocess and --resume"
+            f"wait for it, or finish it with the same {tool} and --resume"
         )
-    what = f"expected the index of {bin_path(prefix)}: make both with mp-preprocess"
+    what = f"expected the index of {bin_path(prefix)}: make both with {tool}"
     return UserError(f"{idx_path(prefix)}: no such file; {what}")
 
 
@@ -251,23 +261,23 @@ def _check_table(prefix: str | Path, index: Index) -> None:
         )
 
 
-def _check_bin(prefix: str | Path, index: Index) -> None:
+def _check_bin(prefix: str | Path, index: Index, tool: str) -> None:
     path = bin_path(prefix)
     if not path.is_file():
-        raise UserError(f"{path}: no such file, but {idx_path(prefix)} is there; make both again with mp-preprocess")
+        raise UserError(f"{path}: no such file, but {idx_path(prefix)} is there; make both again with {tool}")
     found, expected = path.stat().st_size, index.num_tokens * index.dtype.itemsize
     if found != expected:
         raise UserError(
             f"{path}: {found:,} bytes found, {expected:,} expected by {idx_path(prefix)}; "
-            "the two files are not of one run: make both again with mp-preprocess"
+            f"the two files are not of one run: make both again with {tool}"
         )
 
 
 class IndexedDocuments:
     """The documents of PREFIX.bin/.idx, mapped into memory: ``data[i]`` is a read-only array of ids [tokens]."""
 
-    def __init__(self, prefix: str | Path) -> None:
-        self.index = read_index(prefix)
+    def __init__(self, prefix: str | Path, tool: str = "mp-preprocess") -> None:
+        self.index = read_index(prefix, tool)
         empty = self.index.num_tokens == 0  # an empty file cannot be mapped
         self.ids = np.zeros(0, self.index.dtype) if empty else np.memmap(bin_path(prefix), self.index.dtype, "r")
         self._documents, self._offsets = np.asarray(self.index.documents), np.asarray(self.index.offsets)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from megapatch.models.cli import UserError
+from megapatch.models.data_formats import CHATS
 from megapatch.models.indexed_data import IndexedDocuments, bin_path, idx_path
 from megapatch.models.packing import Plan, document_lengths, refuse_long
 
@@ -34,14 +35,14 @@ class Conversations:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        self.ids = IndexedDocuments(prefix)
+        self.ids = IndexedDocuments(prefix, CHATS)
         self.lengths = document_lengths(self.ids.index)
         self.mask = self._beside(mask_prefix(prefix), np.uint8)
         weighted = idx_path(weight_prefix(prefix)).exists() or bin_path(weight_prefix(prefix)).exists()
         self.weights = self._beside(weight_prefix(prefix), np.float32) if weighted else None
 
     def _beside(self, prefix: str, dtype: type) -> IndexedDocuments:
-        found = IndexedDocuments(prefix)
+        found = IndexedDocuments(prefix, CHATS)
         if found.index.dtype != dtype:
             expected = np.dtype(dtype).name
             raise UserError(f"{idx_path(prefix)}: {found.index.dtype} found, expected {expected}; make the data again")

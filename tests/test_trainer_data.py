@@ -248,6 +248,26 @@ def test_the_manifest_is_held_against_the_run(tmp_path: Path, case: str, flag: s
     assert message in str(caught.value)
 
 
+PARTS = [("chat", "_mask"), ("chat", "_weight"), ("preference", "_chosen"), ("preference", "_rejected_mask")]
+
+
+@pytest.mark.parametrize("form, end", [*PARTS, ("prompts", "_answer")])
+def test_a_part_of_chats_or_preferences_is_refused_as_the_whole_is(tmp_path: Path, form: str, end: str) -> None:
+    part = pair(tmp_path, f"data{end}", counting(1, 9), None)
+    whole = {"format": form, "bin_bytes": None, "pairs": {end: {"bin_bytes": 2}}}
+    (tmp_path / "data.manifest.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError) as caught:
+        data.check_data(options([part], tmp_path), TOKENIZER, 1000)
+    what = f"format {form}, of which {part} is a part; mp-pretrain trains on corpora, made by mp-preprocess"
+    assert str(caught.value) == f"{tmp_path}/data.manifest.json: {what}"
+
+
+def test_a_corpus_that_is_only_named_like_a_part_is_taken(tmp_path: Path) -> None:
+    pair(tmp_path, "data", counting(1, 9))
+    data.check_data(options([pair(tmp_path, "data_mask", counting(1, 9))], tmp_path), TOKENIZER, 1000)
+    data.check_data(options([pair(tmp_path, "data_chosen", counting(1, 9), None)], tmp_path), TOKENIZER, 1000)
+
+
 def test_an_interrupted_preprocessing_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "data.partial").mkdir()
     with pytest.raises(UserError, match=r"data\.idx: no such file, but .*data\.partial is there.* --resume"):
@@ -303,7 +323,8 @@ def test_data_that_name_no_tokenizer_are_told(tmp_path: Path, caplog: pytest.Log
             json.dumps({"format": "corpus", "tokenizer": {}, "bin_bytes": size})
         )
     data.check_data(options([prefix], tmp_path), TOKENIZER, 1000)
-    assert "names no tokenizer; cannot check that the data fit" in caplog.text
+    found = "names no tokenizer" if named else "no such file, so the data name no tokenizer"
+    assert f"data.manifest.json: {found}; cannot check that the data fit" in caplog.text
 
 
 def test_a_token_beyond_the_vocabulary_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megapatch.models.cli import UserError
-from megapatch.models.data_formats import format_of
-from megapatch.models.indexed_data import blocks, manifest_path, read_index, read_manifest
+from megapatch.models.data_formats import described
+from megapatch.models.indexed_data import blocks, manifest_path, read_index
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.trainer.data_cache import building, key
 from megapatch.trainer.options import SPLIT, PretrainOptions
@@ -71,13 +71,12 @@ def check_data(options: PretrainOptions, tokenizer: Tokenizer, vocab_size: int) 
         )
     for words, flag, shares in _parts(options):
         for prefix in parse_blend(words, flag)[0]:
-            manifest = read_manifest(prefix)
-            if (form := format_of(prefix, manifest)) != "corpus":
-                raise UserError(
-                    f"{manifest_path(prefix)}: format {form}; mp-pretrain trains on corpora, made by mp-preprocess"
-                )
+            known = described(prefix)
+            if known.form != "corpus":
+                what = f"format {known.form}{known.part}"
+                raise UserError(f"{known.path}: {what}; mp-pretrain trains on corpora, made by mp-preprocess")
             _check_shares(prefix, shares, options)
-            _check_tokenizer(prefix, (manifest or {}).get("tokenizer") or {}, tokenizer, options)
+            _check_tokenizer(prefix, known.manifest, tokenizer, options)
 
 
 def _parts(options: PretrainOptions) -> list[tuple[list[str], str, Shares]]:
@@ -88,11 +87,15 @@ def _parts(options: PretrainOptions) -> list[tuple[list[str], str, Shares]]:
     return [(*train, [(0.0, 1.0), None, None]), (*valid, [None, (0.0, 1.0), None])]
 
 
-def _check_tokenizer(prefix: str, said: dict[str, Any], tokenizer: Tokenizer, options: PretrainOptions) -> None:
+def _check_tokenizer(
+    prefix: str, manifest: dict[str, Any] | None, tokenizer: Tokenizer, options: PretrainOptions
+) -> None:
     """Refuse data that another tokenizer made, or whose documents end otherwise than is needed."""
+    said = (manifest or {}).get("tokenizer") or {}
     made_with = said.get("digest")
     if made_with is None:
-        warn(log, "%s: names no tokenizer; cannot check that the data fit this one", manifest_path(prefix))
+        found = "no such file, so the data name no tokenizer" if manifest is None else "names no tokenizer"
+        warn(log, "%s: %s; cannot check that the data fit this one", manifest_path(prefix), found)
     elif made_with != tokenizer.digest:
         raise UserError(
             f"{prefix}: made with another tokenizer than {tokenizer.folder}; run mp-preprocess again with it"

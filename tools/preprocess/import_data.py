@@ -59,6 +59,7 @@ class Options(Common):
 def import_data(options: Options) -> None:
     """Write the pairs and their manifest, or nothing."""
     from megapatch.models.commit import refuse_existing
+    from megapatch.models.indexed_data import refuse_suffix
     from megapatch.models.tokenizer import Tokenizer
     from megapatch.tools.preprocess.merge_data import staged
     from megapatch.tools.preprocess.pairs.foreign_checks import Counts
@@ -67,6 +68,7 @@ def import_data(options: Options) -> None:
     for end in [*(f"{end}{kind}" for end in _ENDS for kind in (".bin", ".idx")), ".manifest.json"]:
         refuse_existing(Path(f"{options.output_prefix}{end}"), options.force)
     if missing := [path for path in _files(options) if not path.is_file()]:
+        refuse_suffix(missing[0].with_suffix(""))
         raise UserError(f"{missing[0]}: no such file (--format {options.format} --input {' '.join(options.input)})")
     tokenizer = Tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
     counts = Counts()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from megapatch.models.cli import FAILED, OK, Common, UserError, opt, run
 
 if TYPE_CHECKING:
+    from megapatch.models.data_formats import Described
     from megapatch.models.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -82,52 +83,50 @@ def _print(lines: Iterable[str]) -> None:
 
 
 def _reports(options: Options) -> int:
-    from megapatch.models.indexed_data import read_manifest
+    from megapatch.models.data_formats import described
     from megapatch.tools.preprocess.pairs.data_report import lines
 
     said: list[dict[str, Any]] = []
     status = OK
     for prefix in options.prefix:
-        manifest = read_manifest(prefix)
-        for one in _told(prefix, manifest, options):
+        known = described(prefix)
+        for one in _told(known, options):
             if not options.json:
-                _print([*([""] if said else []), *lines(one, manifest)])
-            said.append(one | {"manifest": manifest})
+                _print([*([""] if said else []), *lines(one, known)])
+            said.append(one | {"manifest": known.manifest})
             status = FAILED if one["problems"] else status
     if options.json:
         print(json.dumps(said, ensure_ascii=False))
     return status
 
 
-def _told(prefix: str, manifest: dict[str, Any] | None, options: Options) -> list[dict[str, Any]]:
-    """A report for each pair of texts under the prefix; a mask is told with its texts."""
-    from megapatch.models.data_formats import SIDES, format_of, pair_said, pairs_of
+def _told(known: "Described", options: Options) -> list[dict[str, Any]]:
+    """A report for each pair of texts under the prefix; a mask is told with its texts, or alone where it is given."""
     from megapatch.models.indexed_data import read_index
-    from megapatch.tools.preprocess.pairs.data_report import digest_problems, reference, report
+    from megapatch.tools.preprocess.pairs.data_report import UNKNOWN, digest_problems, reference, report
     from megapatch.tools.preprocess.pairs.data_scan import scan
     from megapatch.tools.preprocess.run.progress import Progress
 
-    form = format_of(prefix, manifest)
-    ends = pairs_of(prefix, form)
-    tokenizer = _tokenizer(options, options.tokenizer) if options.tokenizer else None
-    known, reports = reference(manifest, tokenizer), {}
-    indexes = {end: read_index(f"{prefix}{end}") for end in ends}
+    tokenizer, reports = _tokenizer(options, options.tokenizer) if options.tokenizer else None, {}
+    ids = reference(known.manifest, tokenizer)
+    indexes = {end: read_index(f"{known.prefix}{end}", known.tool) for end in known.ends}
     with Progress(sum(index.num_tokens * index.dtype.itemsize for index in indexes.values())) as progress:
         for end, index in indexes.items():
-            name, side = f"{prefix}{end}", end.endswith(SIDES)
-            found = scan(name, index, 0 if side else known.eod_id, progress.add)
-            if not side:
-                reports[end] = report(name, form, index, found, known)
-            text = reports[end if not side else end.rpartition("_")[0]]
-            if end.endswith("_mask"):
+            name, side = f"{known.prefix}{end}", known.held(end) is not None
+            found = scan(name, index, 0 if side else ids.eod_id, progress.add)
+            if not side or not end:
+                reports[end] = report(name, known, index, found, UNKNOWN if side else ids)
+            text = reports[end if end in reports else end.rpartition("_")[0]]
+            if name.endswith("_mask") and side:
                 text["trained"] = index.num_tokens - found.eods
             if options.verify:
-                wrong = digest_problems(name, pair_said(manifest, end), found)
+                wrong = digest_problems(name, known.said(end), found)
                 text["problems"] += wrong or []
                 text["notes"] += [f"{name}: no digests in a manifest to compare with"] if wrong is None else []
-    if tokenizer and manifest and (digest := (manifest.get("tokenizer") or {}).get("digest")) != tokenizer.digest:
-        other = f"{tokenizer.folder}: digest {tokenizer.digest}, expected {digest} of the manifest; another tokenizer"
-        next(iter(reports.values()))["problems"].append(other)
+    said = (known.manifest or {}).get("tokenizer") or {}
+    if tokenizer and known.manifest and said.get("digest") != tokenizer.digest:
+        other = f"digest {tokenizer.digest}, expected {said.get('digest')} of the manifest; another tokenizer"
+        next(iter(reports.values()))["problems"].append(f"{tokenizer.folder}: {other}")
     return list(reports.values())
 
 
@@ -137,37 +136,37 @@ def _tokenizer(options: Options, folder: Path) -> "Tokenizer":
     return Tokenizer(folder, trust_remote_code=options.trust_remote_code)
 
 
-def _tokenizer_of(prefix: str, options: Options) -> "Tokenizer":
+def _tokenizer_of(known: "Described", options: Options) -> "Tokenizer":
     """The given tokenizer, or that of the manifest."""
-    from megapatch.models.indexed_data import manifest_path, read_manifest
-
-    said = ((read_manifest(prefix) or {}).get("tokenizer") or {}) if options.tokenizer is None else {}
+    said = ((known.manifest or {}).get("tokenizer") or {}) if options.tokenizer is None else {}
     folder = options.tokenizer or said.get("folder")
     if folder is None:
-        raise UserError(f"{manifest_path(prefix)}: names no tokenizer; say which with --tokenizer")
+        found = "no such file, so no tokenizer is named" if known.manifest is None else "names no tokenizer"
+        raise UserError(f"{known.path}: {found}; say which with --tokenizer")
     if options.tokenizer is None and not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder, but {manifest_path(prefix)} names it; give --tokenizer")
-    found = _tokenizer(options, Path(folder))
-    if said.get("digest", found.digest) != found.digest:
-        raise UserError(f"{folder}: is no longer the tokenizer that made {prefix}; say which is with --tokenizer")
-    return found
+        raise UserError(f"{folder}: no such folder, but {known.path} names it; give --tokenizer")
+    tokenizer = _tokenizer(options, Path(folder))
+    if said.get("digest", tokenizer.digest) != tokenizer.digest:
+        raise UserError(f"{folder}: is no longer the tokenizer that made {known.prefix}; say which is with --tokenizer")
+    return tokenizer
 
 
 def _documents(options: Options) -> int:
-    from megapatch.models.data_formats import SIDES, format_of, pairs_of, parallel
-    from megapatch.models.indexed_data import IndexedDocuments, read_manifest
+    from megapatch.models.data_formats import described, parallel
+    from megapatch.models.indexed_data import IndexedDocuments
     from megapatch.tools.preprocess.pairs import colours
     from megapatch.tools.preprocess.pairs.show_document import Decoder, as_json, rendered
 
     said = []
-    for prefix in options.prefix:
-        form, decoder = format_of(prefix, read_manifest(prefix)), Decoder(_tokenizer_of(prefix, options))
-        ends = pairs_of(prefix, form)
-        for end in [end for end in ends if not end.endswith(SIDES)]:
-            name = f"{prefix}{end}"
-            data = IndexedDocuments(name)
+    for known in map(described, options.prefix):
+        if held := known.held(""):
+            raise UserError(f"{known.prefix}: holds no text, but {held}; give {known.whole}")
+        texts = [end for end in known.ends if known.held(end) is None]
+        pairs = {f"{known.prefix}{end}": IndexedDocuments(f"{known.prefix}{end}", known.tool) for end in texts}
+        decoder = Decoder(_tokenizer_of(known, options))
+        for name, data in pairs.items():
             mask = parallel(data, name, "_mask") if options.mask else None
-            answers = IndexedDocuments(f"{name}_answer") if f"{end}_answer" in ends else None
+            answers = IndexedDocuments(f"{name}_answer") if "_answer" in known.ends else None
             for number in options.document or [0]:
                 if not -len(data) <= number < len(data):
                     raise UserError(f"--document {number}: {name} has {len(data):,} documents, counted from 0")
@@ -191,20 +190,20 @@ def _shown(one: dict[str, Any], text: str) -> list[str]:
 
 
 def _diff(options: Options, prefix: str, other: str) -> int:
-    from megapatch.models.data_formats import SIDES, format_of, pairs_of
-    from megapatch.models.indexed_data import IndexedDocuments, read_manifest
+    from megapatch.models.data_formats import described
+    from megapatch.models.indexed_data import IndexedDocuments
     from megapatch.tools.preprocess.pairs.data_diff import compare, lines, told
     from megapatch.tools.preprocess.pairs.show_document import Decoder
 
-    manifest = read_manifest(prefix)
-    named = options.tokenizer or (manifest or {}).get("tokenizer")
+    known = described(prefix)
+    named = options.tokenizer or (known.manifest or {}).get("tokenizer")
     said = []
-    for end in pairs_of(prefix, format_of(prefix, manifest)):
+    for end in known.ends:
         names = (f"{prefix}{end}", f"{other}{end}")
-        pair = IndexedDocuments(names[0]), IndexedDocuments(names[1])
+        pair = IndexedDocuments(names[0], known.tool), IndexedDocuments(names[1], known.tool)
         found = compare(*pair)
-        side = end.endswith(SIDES)
-        decoder = Decoder(_tokenizer_of(prefix, options)) if found.first and named and not side else None
+        text = known.held(end) is None
+        decoder = Decoder(_tokenizer_of(known, options)) if found.first and named and text else None
         said.append(told(names, pair, found, decoder))
         if not options.json:
             _print(lines(said[-1]))

@@ -11,6 +11,7 @@ import numpy as np
 
 from megapatch.models.cli import Common, opt, run
 from megapatch.models.commit import refuse_existing
+from megapatch.models.data_formats import CHATS
 from megapatch.models.indexed_data import read_index
 from megapatch.models.packing import Plan, check_shape, document_lengths, make_plan, plan_path, refuse_long, write_plan
 
@@ -53,7 +54,7 @@ def pack_data(options: Options) -> None:
     """Make the plan, store it, and print what it is."""
     refuse_existing(plan_path(options.prefix, options.seq_length, options.multiple), options.force)
     started = time.perf_counter()
-    lengths = document_lengths(read_index(options.prefix))
+    lengths = document_lengths(read_index(options.prefix, CHATS))
     refuse_long(options.prefix, lengths, options.seq_length, f"--seq-length {options.seq_length}")
     plan = make_plan(lengths, options.seq_length, multiple=options.multiple, seed=options.seed)
     path = write_plan(options.prefix, plan)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from megapatch.models.cli import UserError
-from megapatch.models.data_formats import format_of
-from megapatch.models.indexed_data import manifest_path, read_index, read_manifest
+from megapatch.models.data_formats import described
+from megapatch.models.indexed_data import read_index
 
 
 def weights(prefixes: Sequence[str], temperature: float) -> dict[str, float]:
@@ -14,10 +14,10 @@ def weights(prefixes: Sequence[str], temperature: float) -> dict[str, float]:
     for prefix in prefixes:
         if prefix in tokens:
             raise UserError(f"{prefix}: given twice; a pair has one weight")
-        manifest = read_manifest(prefix)
-        if (form := format_of(prefix, manifest)) != "corpus":
-            raise UserError(f"{manifest_path(prefix)}: format {form}; mp-pretrain blends corpora")
-        if digest := ((manifest or {}).get("tokenizer") or {}).get("digest"):
+        known = described(prefix)
+        if known.form != "corpus":
+            raise UserError(f"{known.path}: format {known.form}{known.part}; mp-pretrain blends corpora")
+        if digest := ((known.manifest or {}).get("tokenizer") or {}).get("digest"):
             made_with.setdefault(digest, prefix)
         if len(made_with) > 1:
             first, other = made_with.values()

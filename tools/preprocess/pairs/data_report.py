@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from heapq import nlargest
+from pathlib import Path
 from typing import Any
 
 from megapatch.models.commit import digest
-from megapatch.models.indexed_data import Index, bin_path, idx_path, manifest_path
+from megapatch.models.data_formats import Described
+from megapatch.models.indexed_data import Index, bin_path, idx_path
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.tools.preprocess.pairs import colours
 from megapatch.tools.preprocess.pairs.data_scan import Scan
@@ -37,6 +39,9 @@ class Reference:
     eod_id: int | None
 
 
+UNKNOWN = Reference(None, None)
+
+
 def reference(manifest: Mapping[str, Any] | None, tokenizer: Tokenizer | None) -> Reference:
     """The given tokenizer's numbers, else the manifest's."""
     said = (manifest or {}).get("tokenizer") or {}
@@ -45,8 +50,9 @@ def reference(manifest: Mapping[str, Any] | None, tokenizer: Tokenizer | None) -
     return Reference(tokenizer.vocab_size, said.get("eod_id") if said.get("eod_id") is not None else tokenizer.eod_id)
 
 
-def report(prefix: str, form: str, index: Index, found: Scan, known: Reference) -> dict[str, Any]:
+def report(prefix: str, data: Described, index: Index, found: Scan, known: Reference) -> dict[str, Any]:
     """All that is told of a pair but its manifest and its mask."""
+    part = {name: one for name, one in (("part_of", data.whole), ("holds", data.held(""))) if data.end and one}
     with_tokens = index.num_documents - found.empty
     eod = None
     if known.eod_id is not None:
@@ -54,7 +60,8 @@ def report(prefix: str, form: str, index: Index, found: Scan, known: Reference) 
         eod = {"id": known.eod_id, "documents": found.ends, "rate": rate, "inside": found.eods - found.ends}
     return {
         "prefix": prefix,
-        "format": form,
+        "format": data.form,
+        **part,
         "dtype": index.dtype.name,
         "sequences": index.num_sequences,
         "documents": index.num_documents,
@@ -64,7 +71,7 @@ def report(prefix: str, form: str, index: Index, found: Scan, known: Reference) 
         "lengths": found.lengths.summary(),
         "ids": {"smallest": found.smallest, "largest": found.largest, "vocab_size": known.vocab_size},
         "eod": eod,
-        "notes": notes(form, index, known),
+        "notes": notes(data.form, index, known),
         "problems": problems(prefix, found, known),
     }
 
@@ -110,11 +117,13 @@ def digest_problems(prefix: str, said: Mapping[str, Any], found: Scan) -> list[s
     ]
 
 
-def lines(said: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> Iterator[str]:
+def lines(said: Mapping[str, Any], data: Described) -> Iterator[str]:
     """A pair for people: a name and a value a line, and the lengths as bars."""
     sizes, size = said["bytes"], said["lengths"]
     empty = f", {said['empty_documents']:,} of them empty" if said["empty_documents"] else ""
     yield _line("pair", f"{said['prefix']}.bin and .idx, format {said['format']}, {said['dtype']}")
+    if data.end:
+        yield _line("part", f"of {data.whole}" + (f": {said['holds']}" if "holds" in said else ""))
     yield _line("documents", f"{said['documents']:,}{empty}, in {said['sequences']:,} sequences")
     yield _line("tokens", f"{said['tokens']:,}")
     yield _line("bytes", f"{sizes['bin']:,} in .bin and {sizes['idx']:,} in .idx, which agree")
@@ -128,7 +137,7 @@ def lines(said: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> Iterat
     yield from _told_of_ids(said)
     if "trained" in said:
         yield _line("trained", f"{said['trained']:,} tokens, {_share(said['trained'], said['tokens'])}")
-    yield from _told_of_manifest(said["prefix"], manifest)
+    yield from _told_of_manifest(data.path, data.manifest)
     for name in ("notes", "problems"):
         yield from (_line(name[:-1].upper() if name == "problems" else "note", text) for text in said[name])
 
@@ -138,18 +147,19 @@ def _told_of_ids(said: Mapping[str, Any]) -> Iterator[str]:
     if ids["largest"] is not None:
         size = ids["vocab_size"]
         below = "; no vocabulary is known here" if size is None else f", of a vocabulary of {size:,}"
-        yield _line("ids", f"{ids['smallest']:,} to {ids['largest']:,}{below}")
+        below, name = ("", "values") if "holds" in said else (below, "ids")
+        yield _line(name, f"{ids['smallest']:,} to {ids['largest']:,}{below}")
     if eod is not None:
         with_tokens = said["documents"] - said["empty_documents"]
         ends = f"id {eod['id']} ends {eod['documents']:,} documents, {_share(eod['documents'], with_tokens)}"
         yield _line("eod", f"{ends}; {eod['inside']:,} inside documents")
 
 
-def _told_of_manifest(prefix: str, manifest: Mapping[str, Any] | None) -> Iterator[str]:
+def _told_of_manifest(path: Path, manifest: Mapping[str, Any] | None) -> Iterator[str]:
     if manifest is None:
         yield _line("manifest", "none: another program made the pair, or the manifest was lost")
         return
-    yield _line("manifest", f"{manifest_path(prefix)}, by {manifest.get('tool', 'an unnamed tool')}")
+    yield _line("manifest", f"{path}, by {manifest.get('tool', 'an unnamed tool')}")
     for key, name in _TOLD.items():
         said = manifest.get(key)
         counted = Counter(_pairs(one) for one in (said if isinstance(said, list) else [said]) if one)

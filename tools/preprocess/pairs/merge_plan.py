@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from megapatch.models.cli import UserError, versions
-from megapatch.models.data_formats import PAIRS, SIDES, format_of, pairs_of
-from megapatch.models.indexed_data import Index, manifest_path, read_index, read_manifest
+from megapatch.models.data_formats import PAIRS, SIDES, described, refuse_part
+from megapatch.models.indexed_data import Index, manifest_path, read_index
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ def read_inputs(prefixes: Sequence[str]) -> list[Input]:
     """Every input, checked; those that are not alike are a UserError that names two of them and what differs."""
     found: list[Input] = []
     for prefix in prefixes:
-        manifest = read_manifest(prefix)
-        form = format_of(prefix, manifest)
+        known = described(prefix)
+        refuse_part(known)
+        form = known.form
         if found and found[0].form != form:
             first = found[0]
             raise UserError(f"{prefix}: format {form}, but {first.prefix} has {first.form}; merge those of one format")
-        found.append(
-            Input(prefix, manifest, form, {end: read_index(f"{prefix}{end}") for end in pairs_of(prefix, form)})
-        )
+        pairs = {end: read_index(f"{prefix}{end}", known.tool) for end in known.ends}
+        found.append(Input(prefix, known.manifest, form, pairs))
     found = _completed(found)
     for one in found[1:]:
         refuse_unlike(found[0], one)
