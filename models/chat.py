@@ -142,13 +142,13 @@ class _Turns:
             before, said = self.upto(number - 1, prompt=True).text, self.upto(number).text
             written = said[max(0, len(before) - _SHOWN) :][: 2 * _SHOWN]
             raise ChatError(
-                f"message {number}: the generation prompt ends with {before[-_SHOWN:]!r}, but the turn is written "
-                f"{written!r}, so that where the assistant begins is unknown; "
+                f"messages[{number - 1}]: the generation prompt ends with {before[-_SHOWN:]!r}, but the turn is "
+                f"written {written!r}, so that where the assistant begins is unknown; "
                 "see --template-arguments, or give a template with generation tags"
             )
         if self.renderer.on_rewritten == "fail":
             raise ChatError(
-                f"message {left[-1] + 1}: the template writes this turn differently once the conversation goes on; "
+                f"messages[{left[-1]}]: the template writes this turn differently once the conversation goes on; "
                 "--on-rewritten-history split makes samples in which each turn reads as it was said"
             )
 

@@ -2,15 +2,20 @@
 
 import datetime
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megapatch.models.chat_template import Template, compile_template
+from megapatch.models.chat_template import ChatError, Template, compile_template
 from megapatch.models.cli import UserError
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.models.tokenizer_folder import SPECIAL, token_text
 
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables that come from the conversations
+_MARKER = re.compile(r"<\|[^|<>\s]+\|>")  # how special tokens are written by most
+_ASK = {"role": "user", "content": "a"}
+_PROBES = ([_ASK], [_ASK, {"role": "assistant", "content": "b"}, _ASK], [{"role": "system", "content": "c"}, _ASK])
 _DEFAULT, _TOOLS = "default", "tool_use"  # the name that transformers looks for when a conversation has tools
 
 
@@ -28,7 +33,9 @@ def load_templates(
     variables = special_variables(tokenizer) | dict(arguments or {})
     texts = tokenizer.chat_templates
     if wanted is not None and wanted not in texts:
-        return compile_template(_read(tokenizer, wanted), variables, where=wanted, date=date), None
+        made = [compile_template(_read(tokenizer, wanted), variables, where=wanted, date=date)]
+        _refuse_unused(arguments or {}, made)
+        return made[0], None
     name = _DEFAULT if wanted is None else wanted
     if name not in texts:
         found = f"only {', '.join(texts)}; choose one with --template" if texts else "none"
@@ -41,7 +48,30 @@ def load_templates(
         for one in (name, _TOOLS)
         if one in texts
     ]
-    return made[0], made[1] if wanted is None and len(made) > 1 else None
+    with_tools = made[1] if wanted is None and len(made) > 1 else None
+    _refuse_unused(arguments or {}, [made[0], with_tools] if with_tools else made[:1])
+    return made[0], with_tools
+
+
+def split_markers(tokenizer: Tokenizer, template: Template) -> list[str]:
+    """The <|markers|> that the template writes and that are no tokens, so that they would be cut into pieces."""
+    found: set[str] = set()
+    for messages in _PROBES:
+        try:
+            found.update(_MARKER.findall(template.render(messages, add_generation_prompt=True).text))
+        except ChatError:  # no template takes all of the probes
+            continue
+    return sorted(marker for marker in found if tokenizer.token_id(marker) is None)
+
+
+def _refuse_unused(arguments: Mapping[str, Any], templates: Sequence[Template]) -> None:
+    """A UserError for a variable that no template looks at."""
+    known = set().union(*(template.names for template in templates))
+    if unused := sorted(arguments.keys() - known):
+        other = ", ".join(sorted(known - {*RESERVED, *SPECIAL})) or "no further variable"
+        raise UserError(
+            f"--template-arguments: the chat template does not use {', '.join(unused)}; it looks at {other}"
+        )
 
 
 def _read(tokenizer: Tokenizer, wanted: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Never
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -44,9 +45,16 @@ class Template:
 
     def __init__(self, text: str, variables: Mapping[str, Any], date: datetime.date | None = None) -> None:
         self.text = text
-        self._template = _environment(date).from_string(text)
+        made = _environment(date)
+        self._template = made.from_string(text)
+        self._names = jinja2.meta.find_undeclared_variables(made.parse(text)) - made.globals.keys()
         self._variables = {**self._template.globals, "documents": None, **variables}
         self.tagged = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text))
+
+    @property
+    def names(self) -> set[str]:
+        """The variables that the template looks at and does not set itself."""
+        return set(self._names)
 
     def render(
         self, messages: Sequence[Message], tools: list[Any] | None = None, *, add_generation_prompt: bool = False

@@ -84,7 +84,7 @@ def test_rewritten_history_is_found_and_each_turn_is_trained_once_as_it_was_said
     text = chat_data.THINKING if tagged else chat_data.untagged(chat_data.THINKING)
     chat = Chat([ASK, THOUGHT, ASK, THOUGHT, THOUGHT])
     assert rewrites(template(text)) and not rewrites(template(chat_data.CHATML))
-    with pytest.raises(ChatError, match="message 2: the template writes this turn differently"):
+    with pytest.raises(ChatError, match=r"messages\[1\]: the template writes this turn differently"):
         renderer(text).samples(chat)
     whole, first = renderer(text, on_rewritten="split").samples(chat)
     turn = "<think>\nhm\n</think>\n\nso<|im_end|>"
@@ -109,7 +109,7 @@ def test_history_that_only_one_conversation_shows_to_be_rewritten_is_found():
         renderer(text).samples(Chat([ASK, long, ASK, SAY]))[0]
     )  # cut the same way when it was said: no rewriting
     text = text.replace("[:9]", "[: 9 if not loop.last else 99]")
-    with pytest.raises(ChatError, match="message 2"):
+    with pytest.raises(ChatError, match=r"messages\[1\]"):
         renderer(text).samples(Chat([ASK, long, ASK, SAY]))
 
 
@@ -136,7 +136,7 @@ def test_generation_prompts_are_trained_when_asked_for():
 
 def test_a_generation_prompt_that_its_own_turn_lacks_is_refused():
     text = chat_data.untagged(chat_data.CHATML).replace("assistant\\n' }}{% endif", "assistant\\n<think>' }}{% endif")
-    with pytest.raises(ChatError, match=r"message 2: the generation prompt ends with '.*<think>', but the turn"):
+    with pytest.raises(ChatError, match=r"messages\[1\]: the generation prompt ends with '.*<think>', but the turn"):
         renderer(text).samples(Chat([ASK, SAY]))
 
 

@@ -118,6 +118,11 @@ BAD = [
         "messages[0]: 'role' is null, expected a string; keys found: 'content'",
     ),
     ("messages", {"messages": [{"role": "user"}]}, "messages[0]: no 'content'; keys found: 'role'"),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": None}]},
+        "messages[0]: 'content' is null, expected a string",
+    ),
     ("messages", {"messages": [{"role": "user", "content": 3}]}, "messages[0]: 'content' is a number"),
     ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of type 'image'; only text"),
     ("messages", {"messages": [{**ASK, "weight": 1}]}, "'weight' is 1 for 'user'; only the assistant's"),

@@ -1,11 +1,12 @@
 """mp-preprocess-chat: what is left out or refused, and how that is told."""
 
 import json
+import shutil
 
 import chat_data
 import numpy as np
 import pytest
-from chat_runs import ASK, GOOD, LONG, SAID, SAY, run_tool, said, tokenizers  # noqa: F401
+from chat_runs import ASK, GOOD, LONG, SAID, SAY, TEXT, run_tool, said, texts, tokenizers  # noqa: F401
 
 from megapatch.models.indexed_data import IndexedDocuments, read_manifest
 from megapatch.tools.preprocess.chats.cuts import cuts
@@ -117,6 +118,8 @@ WRONG = [
     (["--chat-format", "prompts", "--on-rewritten-history", "split"], 2, "--on-rewritten-history has no effect with"),
     (["--deduplicate", "--shards", "2", "--shard", "0"], 2, "--deduplicate needs all records in one process"),
     (["--template-arguments", "{"], 2, "--template-arguments {: not JSON"),
+    (["--template-arguments", '{"messages": []}'], 2, "--template-arguments: messages comes from the conversations"),
+    (["--template-arguments", '{"no": 1}'], 1, "does not use no; it looks at no further variable"),
     (["--date", "yesterday"], 2, "--date yesterday: "),
     (["--max-length", "0"], 2, "--max-length 0: expected 1 or more"),
     (["--format", "text"], 1, "conversations are JSON; give --format jsonl"),
@@ -149,3 +152,23 @@ def test_templates_that_cannot_serve_are_told_at_the_start(go, tmp_path, capsys)
     (tmp_path / "short.jinja").write_text(text)
     assert go([GOOD], "--template", str(tmp_path / "short.jinja"), name="a")[0] == 0
     assert "leave out <|im_end|>" in capsys.readouterr().err
+
+
+def test_a_template_whose_markers_are_no_tokens_is_refused_or_told(go, toks, tmp_path, capsys):
+    text = chat_data.CHATML.replace("<|im_end|>", "<|fin|>")
+    (tmp_path / "other.jinja").write_text(text)
+    assert go([GOOD], "--template", str(tmp_path / "other.jinja"))[0] == 1
+    told = capsys.readouterr().err
+    assert "other.jinja: the chat template writes <|fin|>, no token of" in told and "chat_template.jinja" in told
+    own = tmp_path / "own"
+    shutil.copytree(toks["chatml"], own)
+    (own / "chat_template.jinja").write_text(text)
+    assert go([GOOD], "--tokenizer", str(own))[0] == 0
+    assert "writes <|fin|>, no token of" in capsys.readouterr().err
+
+
+def test_variables_that_the_template_looks_at_may_be_given(go, toks, tmp_path):
+    (tmp_path / "own.jinja").write_text("{% if brief %}<s>{% endif %}" + chat_data.CHATML)
+    more = ["--template", str(tmp_path / "own.jinja"), "--template-arguments", '{"brief": true}']
+    status, prefix = go([GOOD], *more)
+    assert status == 0 and texts(toks["chatml"], prefix) == ["<s>" + TEXT]

@@ -55,7 +55,7 @@ def make_job(options: Options, tokenizer: "Tokenizer") -> "ChatJob":
 def make_renderer(options: Options, tokenizer: "Tokenizer") -> "Renderer":
     """The template, and how the options want it used."""
     from megapatch.models.chat import Renderer, generation_prompt, untrained_end
-    from megapatch.models.chat_load import load_templates
+    from megapatch.models.chat_load import load_templates, split_markers
 
     template, with_tools = load_templates(tokenizer, options.template, arguments=options.arguments, date=options.today)
     if options.on_rewritten_history == "keep" and not all(one.tagged for one in (template, with_tools) if one):
@@ -64,6 +64,14 @@ def make_renderer(options: Options, tokenizer: "Tokenizer") -> "Renderer":
         )
     if options.train_generation_prompt and not generation_prompt(template):
         raise UserError("--train-generation-prompt: the chat template has no generation prompt; leave it out")
+    if cut := split_markers(tokenizer, template):
+        what = f"the chat template writes {' '.join(cut)}, no token of {tokenizer.folder}: split into ordinary pieces"
+        if options.template is not None and options.template not in tokenizer.chat_templates:
+            raise UserError(
+                f"--template {options.template}: {what}; give the template of this tokenizer, or, if that is meant, "
+                "put the file there as chat_template.jinja"
+            )
+        _LOG.warning("%s, as by models that were trained so", what)
     specials = tuple(tokenizer.special_tokens.values())
     if why := untrained_end(template, specials):
         _LOG.warning("%s, so the model may not learn to stop; another template can be given with --template FILE", why)

@@ -118,12 +118,16 @@ class Options(RunOptions):
     @property
     def arguments(self) -> dict[str, Any]:
         """--template-arguments."""
+        from megapatch.models.chat_load import RESERVED  # not for --help, which needs no jinja2
+
         try:
             found = json.loads(self.template_arguments or "{}")
         except ValueError as error:
             raise ValueError(f"--template-arguments {self.template_arguments}: not JSON ({error})") from error
         if not isinstance(found, dict):
             raise ValueError(f"--template-arguments {self.template_arguments}: expected a JSON object")
+        if taken := [name for name in RESERVED if name in found]:
+            raise ValueError(f"--template-arguments: {taken[0]} comes from the conversations; leave it out")
         return found
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megapatch.models.chat import ASSISTANT, Chat
-from megapatch.models.chat_template import Message
+from megapatch.models.chat_template import REASONING, Message
 from megapatch.tools.preprocess.reading.records import BadRecord
 
 ChatFormat = Literal["auto", "messages", "conversations", "instruction", "completion", "preference", "prompts"]
@@ -215,8 +215,12 @@ def _checked(message: Any, where: str) -> Message:
     if isinstance(content, str):
         return message
     if content is None:
-        if not message.get("tool_calls") and not message.get("reasoning_content"):
-            raise BadRecord(f"{where}: no 'content'; keys found: {_keys(message)}")
+        if not any(message.get(key) for key in ("tool_calls", *REASONING)):
+            raise BadRecord(
+                f"{where}: 'content' is null, expected a string or an array of typed parts"
+                if "content" in message
+                else f"{where}: no 'content'; keys found: {_keys(message)}"
+            )
     elif not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
         raise BadRecord(f"{where}: 'content' is {_kind(content)}, expected a string or an array of typed parts")
     elif other := [part["type"] for part in content if part["type"] != "text"]:
