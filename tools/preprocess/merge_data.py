@@ -20,7 +20,8 @@ EXAMPLES = """examples:
   mp-merge-data --input day1 day2 --output-prefix days --dry-run | jq .tokens
 
 Documents come in the order of --input: what --shards N --shard I of preprocessing made, from 0 to N-1, becomes what one
-run would have made, byte for byte. Chats are merged with their masks, preference data pair by pair.
+run would have made, byte for byte; shards that are missing or come otherwise (p* of a shell puts p10 before p2) are
+told. Chats are merged with their masks, preference data pair by pair.
 --dry-run prints an object: output_prefix, format, dtype, documents, tokens, bytes, inputs."""
 
 
@@ -29,7 +30,8 @@ class Options(Common):
     """Join pairs of .bin/.idx files, of one dtype and tokenizer, into one. Memory does not grow with the data.
 
     Each input is compared with the digests of its manifest while it is read. The manifest of the whole adds up the
-    counts and keeps what is known of each part. All of the output appears at the end, or nothing.
+    counts of the runs that made the inputs, each run once, and keeps what is known of each part. All of the output
+    appears at the end, or nothing.
     """
 
     input: list[str] = opt("paths of pairs, without .bin and .idx, in this order", nargs="+", metavar="PREFIX")
@@ -43,12 +45,16 @@ class Options(Common):
     def __post_init__(self) -> None:
         if any(Path(prefix).resolve() == self.output_prefix.resolve() for prefix in self.input):
             raise ValueError(f"--output-prefix {self.output_prefix}: is also an input; name another one")
+        places = [Path(prefix).resolve() for prefix in self.input]
+        if twice := [prefix for prefix, place in zip(self.input, places, strict=True) if places.count(place) > 1]:
+            raise ValueError(f"--input {twice[-1]}: given twice; give it once (a blend can weigh it higher)")
 
 
 def merge(options: Options) -> None:
     """Write the pairs and their manifest, or nothing."""
     from megapatch.models.data_formats import PAIRS
     from megapatch.tools.preprocess.pairs.merge_plan import merged, read_inputs
+    from megapatch.tools.preprocess.pairs.merge_runs import shard_warnings
     from megapatch.tools.preprocess.run.progress import Progress
 
     inputs, prefix = read_inputs(options.input), options.output_prefix
@@ -56,6 +62,8 @@ def merge(options: Options) -> None:
     _refuse_existing(prefix, [*ends, *without], options.force)
     if unnamed := [one.prefix for one in inputs if not one.tokenizer]:
         _LOG.warning("%s: no tokenizer is named; that of %s will not be known", " ".join(unnamed), prefix)
+    for told in shard_warnings([one.manifest or {} for one in inputs]):
+        _LOG.warning("--input: %s", told)
     if options.dry_run:
         print(json.dumps(_planned(prefix, inputs)))
         return

@@ -72,6 +72,9 @@ def manifests(
         "counts": ledger.counts(),
         "sources": ledger.sources,
         "inputs": list(inputs),
+        **(
+            {"outputs": [str(one.output.prefix) for one in written]} if len(written) > 1 else {}
+        ),  # all with one's counts
     }
     files = {
         manifest_path(one.output.prefix): _json(

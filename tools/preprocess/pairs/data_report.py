@@ -163,12 +163,25 @@ def _told_of_manifest(path: Path, manifest: Mapping[str, Any] | None) -> Iterato
     for key, name in _TOLD.items():
         said = manifest.get(key)
         counted = Counter(_pairs(one) for one in (said if isinstance(said, list) else [said]) if one)
-        yield from (_line(name, f"{times} x: {text}" if times > 1 else text) for text, times in counted.items())
+        of = _of_runs(manifest) if key == "counts" else ""
+        yield from (
+            _line(name, f"{of}{times} x: {text}" if times > 1 else f"{of}{text}") for text, times in counted.items()
+        )
     sources = manifest.get("sources")
     yield from _told_of_sources(sources if isinstance(sources, Mapping) else {})
     if inputs := manifest.get("inputs"):
         total = sum(one.get("bytes") or 0 for one in inputs)
         yield _line("inputs", f"{len(inputs):,} files, {total:,} bytes")
+
+
+def _of_runs(manifest: Mapping[str, Any]) -> str:
+    """Whose counts they are, where not those of the pair alone."""
+    if outputs := manifest.get("outputs"):
+        return f"of the whole run, which wrote {len(outputs)} pairs: "
+    own = [manifest.get(name) for name in ("documents", "tokens")]
+    counts = manifest.get("counts") or {}
+    differ = "runs" in manifest and own != [counts.get(name) for name in ("documents", "tokens")]
+    return "of the whole runs, of which not all or more than one pair is here: " if differ else ""
 
 
 def _told_of_sources(sources: Mapping[str, Any]) -> Iterator[str]:

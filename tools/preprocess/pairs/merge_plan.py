@@ -1,5 +1,6 @@
 """What is merged, whether it may be, and what the manifest of the whole says."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,9 @@ import numpy as np
 from megapatch.models.cli import UserError, versions
 from megapatch.models.data_formats import PAIRS, SIDES, described, refuse_part
 from megapatch.models.indexed_data import Index, manifest_path, read_index
+from megapatch.tools.preprocess.pairs.merge_runs import counted_once, runs_of, shards_of
+
+_LOG = logging.getLogger("megapatch.tools.preprocess")
 
 
 @dataclass(frozen=True)
@@ -103,28 +107,50 @@ def _refuse_tokenizers(named: Sequence[Input]) -> None:
             )
 
 
-_OF_ONE = ("bin_bytes", "xxh3_128", "dtype", "pairs", "tokenizer")  # not of the whole, even where all say the same
+_ADDED = ("runs", "shards", "engine", "counts", "sources", "special_in_text", "truncation", "inputs")
+_OF_ONE = (
+    "bin_bytes",
+    "xxh3_128",
+    "dtype",
+    "pairs",
+    "tokenizer",
+    "run",
+    "outputs",
+)  # not of the whole, even where all say the same
 
 
 def merged(inputs: Sequence[Input], pairs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The manifest of the whole; ``pairs``: what is said of each pair written."""
     manifests = [one.manifest or {} for one in inputs]
-    said = {name: value for name, value in _common(manifests).items() if name not in _OF_ONE}
+    said = {name: value for name, value in _common(manifests).items() if name not in (*_OF_ONE, *_ADDED)}
     said |= {"tool": "mp-merge-data", "format": inputs[0].form, "versions": versions()}
     if all(one.tokenizer for one in inputs):
         said["tokenizer"] = manifests[0]["tokenizer"]
     said["options"] = _common([manifest.get("options") or {} for manifest in manifests])
-    if any("engine" in manifest for manifest in manifests):
-        said["engine"] = [manifest.get("engine") for manifest in manifests]  # a verdict of each
-    said["counts"] = _added([_counted(one) for one in inputs])
-    for name in ("sources", "special_in_text", "truncation"):
-        if any(name in manifest for manifest in manifests):
-            said[name] = _added([manifest.get(name) or {} for manifest in manifests])
-    said["inputs"] = [entry for manifest in manifests for entry in manifest.get("inputs") or ()]
+    said |= _of_runs(inputs)
     said["merged"] = [_told(one) for one in inputs]
     said |= {"documents": sum(one.num_documents for one in inputs), "tokens": sum(one.num_tokens for one in inputs)}
     side = {end: about for end, about in pairs.items() if end}
     return {**said, **pairs.get("", {}), **({"pairs": side} if side else {})}
+
+
+def _of_runs(inputs: Sequence[Input]) -> dict[str, Any]:
+    """What is added up, each run once: an output of a run has the counts of all of it."""
+    manifests = [one.manifest or {} for one in inputs]
+    said: dict[str, Any] = {"shards": shards} if (shards := [one for m in manifests for one in shards_of(m)]) else {}
+    if runs := list(dict.fromkeys(run for manifest in manifests for run in runs_of(manifest))):
+        said["runs"] = runs
+    if (numbers := counted_once(manifests)) is None:
+        _LOG.warning("inputs share some of their runs: counts are left out; merge what was not merged before")
+        return said
+    kept = [manifests[number] for number in numbers]
+    if any("engine" in manifest for manifest in kept):
+        said["engine"] = [manifest.get("engine") for manifest in kept]  # a verdict of each
+    said["counts"] = _added([_counted(inputs[number]) for number in numbers])
+    for name in ("sources", "special_in_text", "truncation"):
+        if any(name in manifest for manifest in kept):
+            said[name] = _added([manifest.get(name) or {} for manifest in kept])
+    return said | {"inputs": [entry for manifest in kept for entry in manifest.get("inputs") or ()]}
 
 
 def _counted(one: Input) -> dict[str, Any]:
@@ -135,7 +161,7 @@ def _counted(one: Input) -> dict[str, Any]:
 def _told(one: Input) -> dict[str, Any]:
     """What stays known of an input."""
     said = {"prefix": one.prefix, "documents": one.num_documents, "tokens": one.num_tokens}
-    kept = ("bin_bytes", "xxh3_128", "counts", "engine")
+    kept = ("bin_bytes", "xxh3_128", "run", "counts", "engine")
     return said | {name: one.manifest[name] for name in kept if one.manifest and name in one.manifest}
 
 
