@@ -101,7 +101,7 @@ def test_packed_rows_come_back_in_the_order_of_the_plan(
 @pytest.mark.parametrize("weighted", [False, True])
 def test_json_lines_come_back_byte_for_byte(weighted: bool, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(tmp_path / "tok")
-    data = [*chats(), ([], []), ([7], [1])]
+    data = [*chats(), ([7], [1])]
     chance = np.random.default_rng(1)
     weights = [chance.random(len(ids)).astype(np.float32) for ids, _ in data]
     write_set(tmp_path / "a", data, weights if weighted else None)
@@ -199,6 +199,32 @@ def test_lines_come_from_stdin_under_either_name(tmp_path: Path, monkeypatch: py
     assert contents(tmp_path / "b") == [([1, 2], [0, 1]), ([3], [1])]
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_conversations_of_which_nothing_is_trained_are_left_out_and_counted(
+    kept: int, tmp_path: Path, capsys: Any
+) -> None:
+    bad, good = '{"input_ids": [1, 2], "loss_mask": [0, 0]}\n', '{"input_ids": [3], "loss_mask": [1]}\n'
+    (tmp_path / "in.jsonl").write_text(bad + good * kept + bad)
+    words = [
+        "--format",
+        "jsonl",
+        "--input",
+        str(tmp_path / "in.jsonl"),
+        "--tokenizer",
+        str(byte_tokenizer(tmp_path / "t")),
+    ]
+    words += ["--output-prefix", str(tmp_path / "b"), "--skip-untrained", "--json"]
+    assert import_data(words) == 1 - kept
+    out, err = capsys.readouterr()
+    if not kept:
+        assert "in.jsonl: no conversations with a trained token\n" in err and not list(tmp_path.glob("b*"))
+        return
+    assert contents(tmp_path / "b") == [([3], [1])] and "2 conversations without a trained token are left out" in err
+    said, manifest = json.loads(out), read_manifest(tmp_path / "b")
+    assert (said["rows"], said["conversations"], said["untrained"]) == (3, 1, 2)
+    assert manifest and manifest["counts"]["untrained"] == 2
+
+
 GOOD = ([1, 2, 3], [0, 1, 1])
 UNFIT = {  # name -> conversations, weights, format, what is told
     "fills a row": ([(list(range(8)), [0] * 7 + [1])], None, "pai", "longer than 7 tokens (one that fills a row ends"),
@@ -258,7 +284,7 @@ BAD_PAI = {  # name -> rows, dtype, what is told
     "other vocabulary": (
         [pai_row([300, -3], [2, IGNORED])],
         np.int32,
-        "conversation 0: ids 2 to 300, the tokenizer has",
+        "a: row 0: ids 2 to 300, the tokenizer has",
     ),
 }
 
@@ -287,18 +313,20 @@ BAD_LINES = {  # name -> second line, what is told
     "no object": ("[1, 2]", "there.jsonl:2: list found; expected input_ids"),
     "unknown key": ('{"input_ids": [1], "loss_mask": [1], "labels": [1]}', "2: input_ids, loss_mask, labels found"),
     "both names": ('{"input_ids": [1], "tokens": [1], "loss_mask": [1]}', "2: input_ids, tokens, loss_mask found"),
-    "no mask": ('{"input_ids": [1]}', "2: loss_mask is no list of whole numbers"),
+    "no mask": ('{"input_ids": [1]}', "there.jsonl:2: no key 'loss_mask'; keys found: 'input_ids'"),
+    "nothing trained": ('{"input_ids": [1], "loss_mask": [0]}', "there.jsonl:2: no token of it is trained; leave it"),
+    "nothing at all": ('{"input_ids": [], "loss_mask": []}', "there.jsonl:2: no token of it is trained; leave it out"),
     "short mask": ('{"input_ids": [1, 2], "loss_mask": [1]}', "2: 1 numbers in loss_mask, 2 in input_ids"),
     "mask of weights": ('{"input_ids": [1], "loss_mask": [2]}', "2: loss_mask holds other numbers than 0 and 1"),
     "fractions": ('{"input_ids": [1.5], "loss_mask": [1]}', "2: input_ids is no list of whole numbers"),
     "words": ('{"input_ids": ["1"], "loss_mask": [1]}', "2: input_ids is no list of whole numbers"),
     "nested": ('{"input_ids": [[1], [1, 2]], "loss_mask": [1]}', "2: input_ids is no list of whole numbers"),
     "huge": ('{"input_ids": [99999999999999999999], "loss_mask": [1]}', "2: input_ids is no list of whole numbers"),
-    "negative": ('{"input_ids": [-1], "loss_mask": [1]}', "conversation 1: ids -1 to -1, the tokenizer has 0 to 255"),
-    "large id": ('{"input_ids": [256], "loss_mask": [1]}', "conversation 1: ids 256 to 256"),
+    "negative": ('{"input_ids": [-1], "loss_mask": [1]}', "there.jsonl:2: ids -1 to -1, the tokenizer has 0 to 255"),
+    "large id": ('{"input_ids": [256], "loss_mask": [1]}', "there.jsonl:2: ids 256 to 256"),
     "new weights": (
         '{"input_ids": [1], "loss_mask": [1], "weights": [1]}',
-        "conversation 1: weights, unlike the first",
+        "there.jsonl:2: weights, unlike the first",
     ),
     "no number": (
         '{"input_ids": [1], "loss_mask": [1], "weights": [NaN]}',

@@ -37,6 +37,7 @@ class Options(Common):
 
     Everything is checked: ids against the vocabulary, labels against the tokens that follow, lengths of masks. A file
     that contradicts itself is refused with the place; nothing is written then.
+    So is a conversation of which nothing is trained.
     """
 
     format: Literal["pai", "bridge", "jsonl"] = opt("whose format; see below")
@@ -46,6 +47,7 @@ class Options(Common):
     tokenizer: Path = opt("folder of the tokenizer that the ids are of", metavar="DIR")
     trust_remote_code: bool = opt("run Python code of the tokenizer's folder", False)
     output_prefix: Path = opt("path of the pairs written, without .bin and .idx", metavar="PREFIX")
+    skip_untrained: bool = opt("leave out conversations without a trained token, and count them", False)
     force: bool = opt("replace files that exist", False)
     json: bool = opt("print counts as one JSON object", False)
 
@@ -75,8 +77,10 @@ def import_data(options: Options) -> None:
     found = _conversations(options, counts)
     first = next(found, None)
     if first is None:
-        raise UserError(f"{' '.join(options.input)}: no conversations")
-    ends = [end for end in _ENDS if end != "_weight" or first.weights is not None]
+        raise UserError(
+            f"{' '.join(options.input)}: no conversations{' with a trained token' * bool(counts.untrained)}"
+        )
+    ends = [end for end in _ENDS if end != "_weight" or first[1].weights is not None]
     without = [end for end in _ENDS if end not in ends]
     with Progress(None) as progress, staged(options.output_prefix, ends, without) as stages:
         lengths = _write(chain([first], found), stages, ends, tokenizer.vocab_size, counts, progress.add)
@@ -84,6 +88,8 @@ def import_data(options: Options) -> None:
         stages[".manifest.json"].write_text(json.dumps(said, indent=1) + "\n")
         line = progress.line()
     told = f"{counts.conversations:,} conversations of {counts.rows:,} rows, {counts.tokens:,} tokens"
+    if counts.untrained:
+        _LOG.warning("%s conversations without a trained token are left out", f"{counts.untrained:,}")
     _LOG.info("%s (%s trained), %s -> %s", told, f"{counts.trained:,}", line, options.output_prefix)
     if options.json:
         print(json.dumps({"format": options.format, "output_prefix": str(options.output_prefix)} | asdict(counts)))
@@ -96,17 +102,23 @@ def _files(options: Options) -> list[Path]:
     return [Path(name) for name in options.input if name != "-"]
 
 
-def _conversations(options: Options, counts: "Counts") -> "Iterator[Conversation]":
-    """Those of all inputs, in order."""
+def _conversations(options: Options, counts: "Counts") -> "Iterator[tuple[str, Conversation]]":
+    """Those of all inputs, in order, each after its place; of which nothing is trained are refused, or counted."""
     from megapatch.tools.preprocess.pairs import foreign_bridge, foreign_jsonl, foreign_pai
 
     read = {"pai": foreign_pai.read, "bridge": foreign_bridge.read, "jsonl": foreign_jsonl.read}[options.format]
     for name in options.input:
-        yield from read(name, counts)
+        for place, one in read(name, counts):
+            if one.mask.any():
+                yield place, one
+            elif not options.skip_untrained:
+                raise UserError(f"{place}: no token of it is trained; leave it out, by hand or with --skip-untrained")
+            else:
+                counts.untrained += 1
 
 
 def _write(
-    found: "Iterator[Conversation]",
+    found: "Iterator[tuple[str, Conversation]]",
     stages: dict[str, Path],
     ends: Sequence[str],
     vocab_size: int,
@@ -121,8 +133,8 @@ def _write(
     dtype, lengths = dtype_for(vocab_size), []
     with ExitStack() as stack:
         files = {end: stack.enter_context(stages[f"{end}.bin"].open("wb")) for end in ends}
-        for one in found:
-            _check(one, counts.conversations, vocab_size, "_weight" in ends)
+        for place, one in found:
+            _check(place, one, vocab_size, "_weight" in ends)
             files[""].write(one.ids.astype(dtype).tobytes())
             files["_mask"].write(one.mask.tobytes())
             if one.weights is not None:
@@ -133,14 +145,14 @@ def _write(
     return np.array(lengths, np.int64)
 
 
-def _check(one: "Conversation", number: int, vocab_size: int, weighted: bool) -> None:
+def _check(place: str, one: "Conversation", vocab_size: int, weighted: bool) -> None:
     if one.ids.size and not 0 <= int(one.ids.min()) <= int(one.ids.max()) < vocab_size:
         raise UserError(
-            f"conversation {number:,}: ids {int(one.ids.min())} to {int(one.ids.max())}, the tokenizer has 0 to "
+            f"{place}: ids {int(one.ids.min())} to {int(one.ids.max())}, the tokenizer has 0 to "
             f"{vocab_size - 1}; is --tokenizer theirs?"
         )
     if weighted != (one.weights is not None):
-        raise UserError(f"conversation {number:,}: {'no ' if weighted else ''}weights, unlike the first; all or none")
+        raise UserError(f"{place}: {'no ' if weighted else ''}weights, unlike the first; all or none")
 
 
 def _indices(stages: dict[str, Path], ends: Sequence[str], lengths: "np.ndarray", vocab_size: int) -> dict[str, Any]:

@@ -81,8 +81,8 @@ def _lists(pa: Any, parts: list[np.ndarray], kind: Any) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)
 
 
-def read(name: str, counts: Counts) -> Iterator[Conversation]:
-    """The conversations of a packed parquet file, row by row."""
+def read(name: str, counts: Counts) -> Iterator[tuple[str, Conversation]]:
+    """The conversations of a packed parquet file, row by row, each after its place."""
     pa, parquet = pyarrow()
     try:
         file = parquet.ParquetFile(name)
@@ -111,7 +111,9 @@ def _arrays(name: str, column: str, lists: Any) -> list[np.ndarray]:
     return np.split(values, ends[:-1])
 
 
-def _conversations(place: str, ids: np.ndarray, mask: np.ndarray, starts: np.ndarray) -> Iterator[Conversation]:
+def _conversations(
+    place: str, ids: np.ndarray, mask: np.ndarray, starts: np.ndarray
+) -> Iterator[tuple[str, Conversation]]:
     """The conversations of one row."""
     if len(mask) != len(ids) or not len(starts) or starts[0] != 0:
         raise UserError(f"{place}: {len(ids):,} input_ids, {len(mask):,} in loss_mask, seq_start_id {starts[:3]}...")
@@ -121,4 +123,4 @@ def _conversations(place: str, ids: np.ndarray, mask: np.ndarray, starts: np.nda
         here = mask[begin:end].astype(np.int64)
         if here[-1] or not np.isin(here, (0, 1)).all():
             raise UserError(f"{place}: loss_mask holds {here[-1]} at the end of a conversation, or more than 0 and 1")
-        yield Conversation(ids[begin:end], np.append(0, here[:-1]).astype(np.uint8), None)
+        yield place, Conversation(ids[begin:end], np.append(0, here[:-1]).astype(np.uint8), None)

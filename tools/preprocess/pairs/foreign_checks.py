@@ -20,6 +20,7 @@ class Counts:
     tokens: int = 0
     trained: int = 0
     padding: int = 0
+    untrained: int = 0  # conversations that were left out
 
     def add(self, ids: np.ndarray, mask: np.ndarray) -> None:
         """Count a conversation of ids [n] and mask [n]."""

@@ -51,12 +51,13 @@ def _texts(tokenizer: "Tokenizer", parts: list[Conversation]) -> list[str | None
     return [text if same == ids else None for text, same, ids in zip(texts, again, lists, strict=True)]
 
 
-def read(name: str, counts: Counts) -> Iterator[Conversation]:
-    """The conversations of a file ('-': stdin), line by line."""
+def read(name: str, counts: Counts) -> Iterator[tuple[str, Conversation]]:
+    """The conversations of a file ('-': stdin), line by line, each after its place."""
     with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _conversation(f"{'stdin' if name == '-' else name}:{number}", line)
+                place = f"{'stdin' if name == '-' else name}:{number}"
+                yield place, _conversation(place, line)
                 counts.rows += 1
 
 
@@ -68,9 +69,11 @@ def _conversation(place: str, line: bytes) -> Conversation:
     if not isinstance(said, dict) or not said.keys() <= KEYS or ("input_ids" in said) == ("tokens" in said):
         keys = ", ".join(map(str, said)) if isinstance(said, dict) else type(said).__name__
         raise UserError(f"{place}: {keys} found; expected input_ids (or tokens), loss_mask, and at most weights, text")
+    if "loss_mask" not in said:
+        raise UserError(f"{place}: no key 'loss_mask'; keys found: {', '.join(map(repr, said))}")
     name = "input_ids" if "input_ids" in said else "tokens"
     ids = _numbers(place, name, said[name], "iu")
-    mask = _numbers(place, "loss_mask", said.get("loss_mask"), "iub")
+    mask = _numbers(place, "loss_mask", said["loss_mask"], "iub")
     weights = _numbers(place, "weights", said["weights"], "iuf") if "weights" in said else None
     for key, values in (("loss_mask", mask), ("weights", weights)):
         if values is not None and len(values) != len(ids):

@@ -62,8 +62,8 @@ def write(
     return counts
 
 
-def read(prefix: str, counts: Counts) -> Iterator[Conversation]:
-    """The conversations of PREFIX.bin/.idx, row by row."""
+def read(prefix: str, counts: Counts) -> Iterator[tuple[str, Conversation]]:
+    """The conversations of PREFIX.bin/.idx, row by row, each after its place."""
     from megapatch.models.indexed_data import IndexedDocuments
 
     index = read_index(prefix)
@@ -84,7 +84,9 @@ def read(prefix: str, counts: Counts) -> Iterator[Conversation]:
         yield from _conversations(f"{prefix}: row {number:,}", tokens, labels, counts)
 
 
-def _conversations(place: str, tokens: np.ndarray, labels: np.ndarray, counts: Counts) -> Iterator[Conversation]:
+def _conversations(
+    place: str, tokens: np.ndarray, labels: np.ndarray, counts: Counts
+) -> Iterator[tuple[str, Conversation]]:
     """The conversations of one row, tokens and labels [s]."""
     ends = np.flatnonzero(tokens < 0) + 1
     rest = int(ends[-1]) if ends.size else 0
@@ -97,4 +99,4 @@ def _conversations(place: str, tokens: np.ndarray, labels: np.ndarray, counts: C
         ids[-1] = -1 - ids[-1]
         if here[-1] != UNTRAINED:
             raise UserError(f"{place}: label {here[-1]} at the end of a conversation, expected {UNTRAINED}")
-        yield Conversation(ids, checked(FORMAT, place, ids, here[:-1] != UNTRAINED, here[:-1]), None)
+        yield place, Conversation(ids, checked(FORMAT, place, ids, here[:-1] != UNTRAINED, here[:-1]), None)
