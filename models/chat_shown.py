@@ -42,6 +42,11 @@ def silent_turn(chat: Chat, hidden: Iterable[Unshown]) -> int | None:
     return None
 
 
+def says_something(message: Message) -> bool:
+    """Whether a message has more than blanks."""
+    return bool(_fields(message))
+
+
 def _fields(message: Message) -> list[str]:
     """The fields that say something; reasoning by the first of its names that does."""
     found = ["content"] if _parts(message.get("content")) else []

@@ -9,7 +9,7 @@ from chat_runs import ASK, GOOD, SAY, contents, run_tool, said, tokenizers  # no
 from megapatch.models.chat import Chat, Renderer, rewrites
 from megapatch.models.chat_shown import silent_turn, unshown
 from megapatch.models.chat_template import compile_template
-from megapatch.models.indexed_data import read_manifest
+from megapatch.models.indexed_data import IndexedDocuments, read_manifest
 from megapatch.tools.preprocess.chatml import CHATML
 
 SYSTEM, RESULT = {"role": "system", "content": "be"}, {"role": "tool", "content": "3"}
@@ -121,3 +121,24 @@ def test_rows_of_a_table_give_the_ids_of_the_same_json_lines(go, tmp_path):
     _, lines = go(records, tok="tools", name="lines")
     _, rows = go(records, "--input", str(tmp_path / "a.parquet"), tok="tools", name="rows")
     assert contents(lines) == contents(rows)
+
+
+def test_preferences_and_prompts_that_teach_nothing_are_told(go, capsys):
+    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    pairs = [good, {**good, "chosen": " "}, {**good, "rejected": ""}, {**good, "prompt": "\n"}]
+    status, prefix = go(pairs, "--chat-format", "preference", name="pairs")
+    told, counts = capsys.readouterr().err, read_manifest(prefix)["counts"]
+    assert status == 0 and [counts[f"empty_{name}"] for name in ("prompt", "chosen", "rejected")] == [1, 1, 1]
+    assert all(told.count(f"1 records with an empty '{name}'") == 1 for name in ("prompt", "chosen", "rejected"))
+    assert go([good, {**good, "rejected": "a"}], "--chat-format", "preference", name="same")[0] == 1
+    assert "in.jsonl:2 " in (told := capsys.readouterr().err) and "'chosen' and 'rejected' are the same" in told
+    status, prefix = go([{"prompt": "q", "answer": "4"}, {"prompt": ""}], "--chat-format", "prompts", name="prompts")
+    told = capsys.readouterr().err
+    assert status == 0 and "1 records with an empty 'prompt'" in told and "1 of 2 prompts have no answer" in told
+
+
+def test_records_that_become_several_documents_are_told_apart(go, capsys):
+    status, prefix = go([GOOD, {"messages": [ASK, SAY] * 9}], "--max-length", "60", "--truncate", "split")
+    told = capsys.readouterr().err
+    assert status == 0 and (number := len(IndexedDocuments(prefix))) > 2
+    assert f"2 records became {number} documents, " in told

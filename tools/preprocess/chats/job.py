@@ -38,6 +38,7 @@ class ChatJob:
         self._weighted = False
         self.truncation: dict[str, Any] = {"records": 0, "lost_tokens": 0, "examples": []}
         self.spelled: dict[str, int] = {}
+        self.empty: dict[str, int] = {}
         self.unshown: dict[str, Any] = {"fields": {}, "examples": []}
         self._bad_lines = BadLines(options.quarantine)
         self.put_aside = self._bad_lines.paths
@@ -113,6 +114,9 @@ class ChatJob:
         self._count_unshown(report)
 
     def _count_unshown(self, report: Report) -> None:
+        self.empty = dict(
+            Counter(self.empty) + Counter(name for record, name in report.empty if not report.fate[record])
+        )
         fields, examples = self.unshown["fields"], self.unshown["examples"]
         for record, begins, names in report.unshown:
             if report.fate[record]:
@@ -153,6 +157,7 @@ class ChatJob:
             "counts": self.counts,
             "truncation": self.truncation,
             "spelled": self.spelled,
+            "empty": self.empty,
             "unshown": self.unshown,
             "weighted": self._weighted,
         }
@@ -165,7 +170,7 @@ class ChatJob:
             self.watch = Watch.of(state["watch"])
             self.counts, self.truncation = dict(state["counts"]), dict(state["truncation"])
             self.spelled, self._weighted = dict(state["spelled"]), state["weighted"]
-            self.unshown = dict(state["unshown"])
+            self.empty, self.unshown = dict(state["empty"]), dict(state["unshown"])
             if (order := self.watch.order()) is not None:
                 self.obey(order)
 
@@ -177,7 +182,9 @@ class ChatJob:
 
     def summary(self) -> list[str]:
         """What to say at the end."""
-        said = [f"{self.counts['sequences']:,} documents, {self.ledger.tokens:,} tokens"]
+        sequences, records = self.counts["sequences"], self.ledger.counts()["documents"]
+        became = f"{records:,} records became " if records != sequences else ""
+        said = [f"{became}{sequences:,} documents, {self.ledger.tokens:,} tokens"]
         if self.options.format_of_output != "prompts":
             said[0] += f", {self.trained_share:.1%} of them trained"
         if self.truncation["records"]:
@@ -186,6 +193,12 @@ class ChatJob:
                 f"{self.truncation['records']:,} longer than {most:,} tokens (--truncate {how}): "
                 f"{self.truncation['lost_tokens']:,} tokens lost; examples are in the manifest"
             )
+        said += [
+            f"NOTE: {count:,} records with an empty {name!r}, which teach little; leave them out if that is not meant"
+            for name, count in sorted(self.empty.items())
+        ]
+        if self.options.format_of_output == "prompts" and 0 < self.counts["answers"] < records:
+            said.append(f"NOTE: {records - self.counts['answers']:,} of {records:,} prompts have no answer")
         if fields := self.unshown["fields"]:
             counted = ", ".join(f"{name} {count:,}" for name, count in sorted(fields.items()))
             first = self.unshown["examples"][0]

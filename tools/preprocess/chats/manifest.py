@@ -57,6 +57,7 @@ def manifest(
     renderer = worker.texts.renderer
     pairs = {str(one.output.prefix).removeprefix(str(options.output_prefix)): one.about for one in written}
     main = pairs.pop("", {})
+    empty = {f"empty_{name}": count for name, count in sorted(job.empty.items())}
     unshown = {f"unshown_{name}": count for name, count in sorted(job.unshown["fields"].items())}
     said = {
         "tool": "mp-preprocess-chat",
@@ -77,7 +78,7 @@ def manifest(
         "options": told(options) | {"on_bad_line": options.on_bad_line},
         "engine": job.watch.verdict(),
         "special_in_text": job.spelled,
-        "counts": job.ledger.counts() | job.counts | unshown | {"trained_share": job.trained_share},
+        "counts": job.ledger.counts() | job.counts | empty | unshown | {"trained_share": job.trained_share},
         "unshown": job.unshown,
         "truncation": job.truncation,
         "sources": job.ledger.sources,

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megapatch.models.chat import Chat, Renderer, Sample
-from megapatch.models.chat_shown import silent_turn, unshown
+from megapatch.models.chat_shown import says_something, silent_turn, unshown
 from megapatch.models.chat_special import Special
-from megapatch.models.chat_template import ChatError
+from megapatch.models.chat_template import ChatError, Message
 from megapatch.tools.preprocess.chats.records import Preference, Prompt
 from megapatch.tools.preprocess.reading.records import BadRecord
 
@@ -23,6 +23,7 @@ class Item:
     begins: str  # what the first user says, to know the record by
     answer: bytes | None = None
     spelled: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)  # of "prompt", "chosen" and "rejected" those that say nothing
     unshown: list[str] = field(default_factory=list)  # fields that the template leaves out, one a message
 
 
@@ -52,7 +53,7 @@ class Texts:
     def _chat(self, chat: Chat) -> Item:
         self._refuse_weights(chat)
         samples, spelled = self._samples(chat)
-        return Item([samples], _begins(chat), None, spelled, self._unshown(chat, samples[0].text))
+        return Item([samples], _begins(chat), None, spelled, unshown=self._unshown(chat, samples[0].text))
 
     def _preference(self, pair: Preference) -> Item:
         sides: list[list[Sample]] = []
@@ -65,7 +66,15 @@ class Texts:
             sides.append(samples)
             spelled += mine
             left_out += self._unshown(chat, samples[0].text)
-        return Item(sides, _begins(pair.chosen), None, spelled, left_out)
+        if [sample.text for sample in sides[0]] == [sample.text for sample in sides[1]]:
+            raise BadRecord("'chosen' and 'rejected' are the same, so that there is nothing to prefer")
+        parts = {
+            "prompt": _of(pair.chosen, trained=False),
+            "chosen": _of(pair.chosen, trained=True),
+            "rejected": _of(pair.rejected, trained=True),
+        }
+        empty = [name for name, messages in parts.items() if not any(map(says_something, messages))]
+        return Item(sides, _begins(pair.chosen), None, spelled, empty, left_out)
 
     def _prompt(self, prompt: Prompt) -> Item:
         chat, spelled = self._checked(prompt.chat)
@@ -75,7 +84,8 @@ class Texts:
             sample = self.special.unmarked(sample)
         answer = None if prompt.answer is None else prompt.answer.encode(errors="surrogatepass")
         left_out = self._unshown(prompt.chat, sample.text)
-        return Item([[sample]], _begins(prompt.chat), answer, spelled, left_out)
+        empty = [] if any(map(says_something, prompt.chat.messages)) else ["prompt"]
+        return Item([[sample]], _begins(prompt.chat), answer, spelled, empty, left_out)
 
     def _samples(self, chat: Chat) -> tuple[list[Sample], list[str]]:
         """The texts of a conversation, each with something to train on, and special tokens that it spells out."""
@@ -112,6 +122,12 @@ class Texts:
             return
         if other := next((weight for weight in chat.weights if weight not in (0, 1)), None):
             raise BadRecord(f"a message has weight {other:g}; weights other than 0 and 1 need --message-weights")
+
+
+def _of(chat: Chat, *, trained: bool) -> list[Message]:
+    """The messages with a weight, or those without."""
+    pairs = zip(chat.messages, chat.weights or [], strict=False)
+    return [message for message, weight in pairs if (weight > 0) == trained]
 
 
 def _without_nulls(value: Any) -> Any:

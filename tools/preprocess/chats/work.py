@@ -55,8 +55,9 @@ class Cut:
 class Report:
     """What the parent must know of a chunk. ``fate``: why each record is left out, or ''; ``hashes`` uint64
     [records, 2] or [0, 2]; ``lengths``, ``record`` and ``trained`` (tokens): of each side's sequences, int;
-    ``answers``: bytes of each record's answer, int32; ``spelled``: special tokens in messages; ``unshown``: of records
-    that have fields which the template leaves out the number, what it begins with, and these fields."""
+    ``answers``: bytes of each record's answer, int32; ``spelled``: special tokens in messages; ``empty``: numbers of
+    records and which of their parts say nothing; ``unshown``: of records with fields that the template leaves out the
+    number, what it begins with, and these fields."""
 
     tallies: list[Tally]
     engine: EngineReport
@@ -71,6 +72,7 @@ class Report:
     cuts: list[Cut] = field(default_factory=list)
     weighted: bool = False
     by_offsets: int = 0
+    empty: list[tuple[int, str]] = field(default_factory=list)
     unshown: list[tuple[int, str, list[str]]] = field(default_factory=list)
 
 
@@ -115,6 +117,7 @@ class Worker:
             _hashes(items) if self.deduplicate else np.zeros((0, 2), np.uint64),
             np.array([len(answer) for answer in answers], np.int32),
             [token for item in items for token in item.spelled],
+            empty=[(number, name) for number, item in enumerate(items) for name in item.empty],
             unshown=[(number, item.begins, item.unshown) for number, item in enumerate(items) if item.unshown],
         )
         sides = [self._side(number, items, report, chunk.number == 0) for number in range(self.sides)]
