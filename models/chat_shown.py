@@ -1,6 +1,6 @@
 """What a conversation says and its template does not write: reasoning, calls, content without a place in it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from megapatch.models.chat import ASSISTANT, Chat
@@ -93,7 +93,7 @@ def _signed(chat: Chat, asked: Iterable[Unshown]) -> Chat:
     for one in asked:
         sign, *more = _signs(one)
         if one == (TOOLS, "tools"):
-            tools = [_named(tool, lambda _, sign=sign: sign) for tool in tools or ()]
+            tools = [_named(tool, sign) for tool in tools or ()]
             continue
         message = messages[one[0]]
         value = message[one[1]]
@@ -106,13 +106,13 @@ def _signed(chat: Chat, asked: Iterable[Unshown]) -> Chat:
     return Chat(messages, tools)
 
 
-def _named(tool: Any, change: Callable[[str], str]) -> Any:
-    """A tool, or a call of one, with another name; as OpenAI writes it, in ``function``, or without."""
+def _named(tool: Any, name: str) -> Any:
+    """A tool with another name; as OpenAI writes it, in ``function``, or without."""
     if not isinstance(tool, dict):
         return tool
     if isinstance(tool.get("function"), dict):
-        return {**tool, "function": _named(tool["function"], change)}
-    return {**tool, "name": change(str(tool.get("name")))}
+        return {**tool, "function": _named(tool["function"], name)}
+    return {**tool, "name": name}
 
 
 def _called(call: Any, name: str, value: str) -> Any:
