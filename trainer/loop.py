@@ -11,7 +11,7 @@ import torch
 from megapatch.models.cli import UserError
 from megapatch.trainer import checkpoint, signals
 from megapatch.trainer.metrics import Log
-from megapatch.trainer.ranks import together, warn
+from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.session import Session
 from megapatch.trainer.step import Batches, StepResult, evaluate, train_step
 
@@ -58,6 +58,8 @@ class Trainer:
                 self.save()
         self.save()
         self.records.write("end", step=session.step, reason=reason, consumed_samples=session.consumed_samples)
+        if options.requeue_file and session.step < options.train_iters and first():
+            options.requeue_file.touch()
 
     def _one_step(self) -> None:
         session = self.session

@@ -61,6 +61,7 @@ class TrainOptions(Parallel):
 
     save_interval: int = opt("steps between checkpoints; 0: only at the end", 0)
     keep: int = opt("newest checkpoints to keep; 0 keeps all", 0)
+    requeue_file: Optional[Path] = opt("made when a signal ended the run and all is saved, for a job script to see", None)
     eval_interval: int = opt("steps between evaluations on the validation split; 0: none", 0)
     eval_iters: int = opt("global batches per evaluation", 4)
     log: Optional[Path] = opt("JSON-lines log, if not SAVE/log.jsonl", None)
