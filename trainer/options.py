@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from megapatch.models.cli import opt
-from megapatch.models.parallel import Parallel
+from megapatch.trainer.watching import Watching
 
 SPLIT = "98,2,0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(Parallel):
+class TrainOptions(Watching):
     """What every kind of training shares."""
 
     save: Path = opt("folder for checkpoints and the log; training resumes from the newest checkpoint found in it")
@@ -61,16 +61,13 @@ class TrainOptions(Parallel):
 
     save_interval: int = opt("steps between checkpoints; 0: only at the end", 0)
     keep: int = opt("newest checkpoints to keep; 0 keeps all", 0)
-    requeue_file: Optional[Path] = opt("made when a signal ended the run and all is saved, for a job script to see", None)
+    requeue_file: Optional[Path] = opt(
+        "made when a signal ended the run and all is saved, for a job script to see", None
+    )
     eval_interval: int = opt("steps between evaluations on the validation split; 0: none", 0)
     eval_iters: int = opt("global batches per evaluation", 4)
-    log: Optional[Path] = opt("JSON-lines log, if not SAVE/log.jsonl", None)
-    log_interval: int = opt("steps between lines on stderr; the log has every step", 1)
-    tensorboard: Optional[Path] = opt("folder for TensorBoard (needs the extra 'tb')", None)
-    wandb: Optional[str] = opt("Weights & Biases project (needs the extra 'wandb')", None)
     max_bad_steps: int = opt("steps with a loss or gradient that is not finite to skip before giving up", 3)
     timeout_s: float = opt("seconds to wait for another rank before giving up", 1800.0)
-    dry_run: bool = opt("print the resolved configuration as JSON and stop", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
