@@ -95,8 +95,8 @@ class Faults:
         kind, rank = self.bad.get(str(self.step), ("", -1))
         return kind if rank == dist.get_rank() else ""
 
-    def spoil_loss(self, mask: torch.Tensor, output: torch.Tensor) -> Any:
-        return self.loss(mask, output * float("inf") if self.what() == "loss" else output)
+    def spoil_loss(self, mask: torch.Tensor, output: torch.Tensor, **words: Any) -> Any:
+        return self.loss(mask, output * float("inf") if self.what() == "loss" else output, **words)
 
     def spoil_gradient(self, run: Session, *args: Any, train: bool) -> Any:
         self.step = run.step + 1 if train else -1

@@ -25,7 +25,7 @@ from megapatch.models.family import HfConfig
 from megapatch.models.load import hf_folder, sharded_state
 from megapatch.models.parallel import Parallel
 from megapatch.models.tokenizer import copy_tokenizer, find_tokenizer
-from megapatch.trainer import optimizer_state
+from megapatch.trainer import adapters, optimizer_state
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.session import Session
@@ -33,7 +33,8 @@ from megapatch.trainer.session import Session
 log = logging.getLogger(__name__)
 CONTENT = {"singleton_local_shards": False}  # megatron-core adds to what it is given: pass copies
 STAGED = ".tmp"
-REMEMBERED = ("seed", "seq_length", "global_batch_size", "train_iters", "data_path", "split")  # decide the data order
+# options that decide the order of data
+REMEMBERED = ("seed", "seq_length", "global_batch_size", "train_iters", "data_path", "split", "data", "packing")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def save(session: Session, source: Source) -> Path:
 def _check_room(session: Session, stage: Path) -> None:
     """Refuse before the first byte what the disk cannot hold."""
     per_parameter = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}[session.options.precision]  # weight, master, moments
-    needed, free = session.num_parameters * per_parameter, shutil.disk_usage(stage).free
+    needed, free = session.num_saved * per_parameter, shutil.disk_usage(stage).free
     if free < needed:
         stage.rmdir()
         raise UserError(
@@ -159,7 +160,12 @@ def _not_written(stage: Path, reason: str) -> str:
 def _finish(session: Session, stage: Path, target: Path, source: Source) -> None:
     """Seal the staged folder, move it into place, name it in the tracker, and remove what --keep does not keep."""
     source.copy(stage / core_files.HF_SUBFOLDER)
-    commit.seal(stage, tool="mp-pretrain", about={"step": session.step, "layout": _layout(session.options)})
+    commit.seal(
+        stage,
+        tool=session.options.tool,
+        about={"step": session.step, "layout": _layout(session.options)}
+        | adapters.described(session.options, session.base),
+    )
     if target.exists():  # saved by a run that was killed before it named it in the tracker, or went back
         shutil.rmtree(target)
     os.rename(stage, target)
@@ -175,7 +181,8 @@ def _state(session: Session, *, loading: bool, same_layout: bool = True) -> dict
     """The run's state as megatron-core shards it."""
     names = ["model"] if len(session.models) == 1 else [f"model{i}" for i in range(len(session.models))]
     state: dict[str, Any] = {
-        name: sharded_state(model, **CONTENT) for name, model in zip(names, session.models, strict=True)
+        name: adapters.saved(sharded_state(model, **CONTENT), session.options)
+        for name, model in zip(names, session.models, strict=True)
     }
     state["optimizer"] = optimizer_state.sharded(session.optimizer, dict(state), loading=loading)
     if same_layout:
@@ -193,6 +200,7 @@ def _state(session: Session, *, loading: bool, same_layout: bool = True) -> dict
             "order": _order(session.options),
             "precision": session.options.precision,
             "predicts": bool(session.options.mtp_loss_weight),
+            **adapters.described(session.options, session.base),
         }
     return state
 
@@ -212,6 +220,7 @@ def resume(session: Session, folder: Path) -> None:
     common = dist_checkpointing.load_common_state_dict(str(folder))
     with together():
         ours = _training_state(common, folder, session.options)
+        adapters.check(ours, folder, session.options, session.base)
     same = ours["layout"] == _layout(session.options)
     if not same:
         warn(log, "%s: saved at another layout (%s); dropout draws new random numbers", folder, ours["layout"])
@@ -221,7 +230,8 @@ def resume(session: Session, folder: Path) -> None:
             warn(log, "--%s was %s, now %s: the order of data changes", flag, ours["order"][name], value)
     state = dist_checkpointing.load(_state(session, loading=True, same_layout=same), str(folder))
     for i, model in enumerate(session.models):
-        model.load_state_dict(state["model" if len(session.models) == 1 else f"model{i}"])
+        loaded = state["model" if len(session.models) == 1 else f"model{i}"]
+        model.load_state_dict(loaded, strict=session.options.lora is None)
     session.updates = ours["updates"]
     optimizer_state.fill(session.optimizer, state["optimizer"], session.updates)
     session.schedule.load_state_dict(common["opt_param_scheduler"])

@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import ClassVar, Literal, Optional
 
 from megapatch.models.cli import opt
+from megapatch.trainer.lora_options import LoraOptions
 from megapatch.trainer.watching import Watching
 
 SPLIT = "98,2,0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(Watching):
+class TrainOptions(LoraOptions, Watching):
     """What every kind of training shares."""
 
+    tool: ClassVar[str] = "mp-pretrain"
     save: Path = opt("folder for checkpoints and the log; training resumes from the newest checkpoint found in it")
     model: Optional[Path] = opt("start from these weights: a Hugging Face folder or a core checkpoint", None)
     init_from: Optional[Path] = opt(
@@ -86,6 +88,10 @@ class TrainOptions(Watching):
             "give one of --model (weights to start from) and --init-from (config.json for random ones)": (
                 (self.model is None) == (self.init_from is None)
             ),
+            "--lora-rank needs --model, whose weights the adapters are for": (self.lora_rank is not None and not self.model),
+            "--lora-rank and --mtp-loss-weight: give one; layers for multi-token prediction get no adapters": (
+                self.lora_rank is not None and self.mtp_loss_weight > 0
+            ),
             f"--save {self.save}: is the folder of --model; name another one": (
                 self.model is not None and self.model.resolve() == self.save.resolve()
             ),
@@ -115,6 +121,11 @@ class TrainOptions(Watching):
         }
         for message in (text for text, wrong in refused.items() if wrong):
             raise ValueError(message)
+
+    @property
+    def pass_shape(self) -> tuple[int, int]:
+        """Tokens of a sample and samples, as the layers meet them in a forward pass."""
+        return self.seq_length, self.micro_batch_size
 
     @property
     def log_path(self) -> Path:

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megapatch.models.cli import run, versions
-from megapatch.trainer.options import PretrainOptions
+from megapatch.trainer.options import PretrainOptions, TrainOptions
 
 if TYPE_CHECKING:
     from megapatch.models.device import Device
@@ -36,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(options: PretrainOptions) -> None:
     """Train as the options say; resumes from the newest checkpoint in --save."""
+    train(options, PRETRAINING)
+
+
+def train(options: TrainOptions, kind: "Kind") -> None:
+    """A run of this kind of training, from its options to its last checkpoint."""
     from megapatch.trainer import signals
 
     signals.listen()
@@ -44,7 +49,7 @@ def pretrain(options: PretrainOptions) -> None:
 
     with told_once_per_node():
         found = device.start(options.device)
-        plan = make_plan(options)
+        plan = make_plan(options, kind)
     if options.dry_run:
         if first():
             print(json.dumps(_described(options, plan), indent=1))
@@ -55,11 +60,19 @@ def pretrain(options: PretrainOptions) -> None:
     log.info("device: %s, %s (%s)", found.kind, found.backend, found.reason)
     try:
         with naming_lost_peers():
-            trainer, records = prepare(options, found, plan)
+            trainer, records = prepare(options, found, plan, kind)
             trainer.run()
             records.close()
     finally:
         parallel.stop()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What one kind of training does otherwise than another."""
+
+    check: "Callable[[Any, Tokenizer, int], None]"  # refuses data that do not fit tokenizer or vocabulary size
+    trainer: "Callable[[Session, Log, Plan], Trainer]"  # the loop and its batches; every rank calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +88,13 @@ class Plan:
     count: int  # micro-batches per step of each data-parallel rank
 
 
-def make_plan(options: PretrainOptions) -> Plan:
+def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     """Read what the options name, and refuse what does not fit (UserError); joins no process group."""
     from megapatch.models import core_files, family, parallel
     from megapatch.models.tokenizer import Tokenizer
     from megapatch.trainer import checkpoint, data
 
+    kind = kind or PRETRAINING
     resumed = checkpoint.newest(options.save)
     step = core_files.read_tracker(options.save)
     given = options.model or options.init_from
@@ -91,13 +105,13 @@ def make_plan(options: PretrainOptions) -> Plan:
     source = checkpoint.find_source(begin, None if resumed else options.tokenizer)
     hf, tokenizer = source.hf, Tokenizer(source.tokenizer, trust_remote_code=options.trust_remote_code)
     options.check_model(family.find(hf).transformer_config(hf))
-    data.check_data(options, tokenizer, family.vocab_size(hf))
+    kind.check(options, tokenizer, family.vocab_size(hf))
     size = options.data_parallel_size(parallel.world_size())
     count = data.num_micro_batches(options, size)
     return Plan(source, hf, tokenizer, resumed, isinstance(step, int) and step >= options.train_iters, size, count)
 
 
-def prepare(options: PretrainOptions, device: "Device", plan: Plan) -> "tuple[Trainer, Log]":
+def prepare(options: TrainOptions, device: "Device", plan: Plan, kind: Kind | None = None) -> "tuple[Trainer, Log]":
     """Build everything up to the first step (every rank must call)."""
     from megapatch.trainer import checkpoint, session
 
@@ -107,7 +121,13 @@ def prepare(options: PretrainOptions, device: "Device", plan: Plan) -> "tuple[Tr
         log.info("resuming from %s", plan.resumed)
     records = _open_log(options)
     _record_start(run_state, records, plan)
-    return _trainer(run_state, records, plan), records
+    return (kind or PRETRAINING).trainer(run_state, records, plan), records
+
+
+def _check(options: PretrainOptions, tokenizer: "Tokenizer", vocab_size: int) -> None:
+    from megapatch.trainer import data
+
+    data.check_data(options, tokenizer, vocab_size)
 
 
 def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
@@ -136,11 +156,14 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
     )
 
 
-def _resolved(options: PretrainOptions) -> dict[str, Any]:
+PRETRAINING = Kind(_check, _trainer)
+
+
+def _resolved(options: TrainOptions) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
 
 
-def _described(options: PretrainOptions, plan: Plan) -> dict[str, Any]:
+def _described(options: TrainOptions, plan: Plan) -> dict[str, Any]:
     """The resolved configuration, for --dry-run."""
     from megapatch.models.parallel import world_size
     from megapatch.models.shapes import num_parameters
@@ -158,7 +181,7 @@ def _described(options: PretrainOptions, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _open_log(options: PretrainOptions) -> "Log":
+def _open_log(options: TrainOptions) -> "Log":
     """The log of this process: rank 0 writes, the others are silent."""
     import torch.distributed as dist
 
@@ -182,7 +205,6 @@ def _record_start(session: "Session", records: "Log", plan: Plan) -> None:
     log.info(f"{session.num_parameters:,} parameters on {dist.get_world_size()} processes")
     if plan.resumed:
         records.write("resume", step=session.step, consumed_samples=session.consumed_samples)
-    assert isinstance(session.options, PretrainOptions)
     records.write(
         "start",
         config=_resolved(session.options),

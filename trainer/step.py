@@ -18,7 +18,7 @@ from megapatch.models.layers.spec import mixture_layers
 from megapatch.trainer.session import Session
 
 BALANCING = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}  # upstream's names
-Batches = Callable[[], Iterator[dict[str, Tensor]]]  # a fresh iterator over this rank's micro-batches
+Batches = Callable[[], Iterator[dict[str, Any]]]  # a fresh iterator over this rank's micro-batches
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,43 @@ class StepResult:
     extra: dict[str, float]
 
 
-def _loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Token losses [b, s] and their mask -> sum of losses, number of tokens (int32), both for the log [2]."""
+def _loss(
+    loss_mask: Tensor, output: Tensor, *, scale: float = 1.0, count: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token losses [b, s] and their mask -> sum of losses, number of tokens (int32), both for the log [2].
+
+    megatron-core divides gradients by the number of tokens of the global batch, an integer. Where tokens have weights,
+    ``count`` is the number instead, and ``scale`` is counts / weights of the global batch.
+    """
     total = (output.float() * loss_mask).sum()
     tokens = loss_mask.sum()
-    return total, tokens.to(torch.int), torch.stack([total.detach(), tokens])
+    said = torch.stack([total.detach(), tokens])
+    return total * scale, (tokens if count is None else count).to(torch.int), said
 
 
-def forward(batches: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+def forward(batches: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
     """megatron-core's forward step: the model's token losses, and the function that reduces them."""
     batch = next(batches)
+    more = {"packed_seq_params": batch["packed"]} if "packed" in batch else {}
     output = model(  # the mask is for layers of multi-token prediction
-        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
+        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"], **more
     )
-    return output, partial(_loss, batch["loss_mask"])
+    return output, partial(_loss, batch["loss_mask"], **batch.get("weighing", {}))
 
 
-def run_batches(session: Session, batches: Batches, count: int, *, train: bool) -> tuple[float, int]:
-    """Run ``count`` micro-batches, with gradients if ``train``; mean loss per token and tokens of the global batch."""
+def run_batches(session: Session, batches: Batches, count: int, *, train: bool) -> tuple[float, float]:
+    """Run ``count`` micro-batches, with gradients if ``train``; mean loss per token and tokens of the global batch.
+
+    Where tokens have weights: the weighted mean, and the sum of weights.
+    """
+    seq_length, samples = session.options.pass_shape
     parts = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[batches() for _ in session.chunks] if len(session.chunks) > 1 else batches(),
         model=session.chunks,
         num_microbatches=count,
-        seq_length=session.options.seq_length,
-        micro_batch_size=session.options.micro_batch_size,
+        seq_length=seq_length,
+        micro_batch_size=samples,
         forward_only=not train,
     )
     sums = torch.zeros(2, dtype=torch.float64, device=session.device.torch)
@@ -63,7 +75,7 @@ def run_batches(session: Session, batches: Batches, count: int, *, train: bool) 
         sums += torch.stack(parts).double().sum(0)
     torch.distributed.all_reduce(sums)
     total, tokens = sums.tolist()
-    return total / max(tokens, 1), round(tokens)
+    return total / tokens if tokens else 0.0, tokens
 
 
 def train_step(session: Session, batches: Batches, count: int) -> StepResult:
@@ -74,7 +86,7 @@ def train_step(session: Session, batches: Batches, count: int) -> StepResult:
     session.optimizer.zero_grad()
     loss, tokens = run_batches(session, batches, count, train=True)
     norm = update(session) if math.isfinite(loss) else None
-    return StepResult(loss, norm, tokens, _mixture_losses(session, count) | _prediction_losses(session, count))
+    return StepResult(loss, norm, round(tokens), _mixture_losses(session, count) | _prediction_losses(session, count))
 
 
 def update(session: Session) -> float | None:
@@ -136,7 +148,7 @@ def evaluate(session: Session, batches: Callable[[int], Batches], steps: int, co
         if gathering:
             chunk.disable_forward_pre_hook()
         chunk.eval()
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0.0
     for step in range(steps):
         loss, n = run_batches(session, batches(step), count, train=False)
         total, tokens = total + loss * n, tokens + n
@@ -144,4 +156,4 @@ def evaluate(session: Session, batches: Callable[[int], Batches], steps: int, co
         chunk.train()
         if gathering:
             chunk.enable_forward_pre_hook()
-    return total / max(tokens, 1)
+    return total / tokens if tokens else 0.0
