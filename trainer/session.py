@@ -1,7 +1,7 @@
 """Everything that a training run holds: model, optimizer, schedule, on this process's part of the layout."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from megapatch.models.family import HfConfig, find
 from megapatch.models.held import plain
 from megapatch.models.load import load_weights
 from megapatch.models.shapes import num_parameters
-from megapatch.trainer import optimizer_state
+from megapatch.trainer import adapters, optimizer_state
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import together, warn
 
@@ -43,11 +43,17 @@ class Session:
     step: int = 0  # optimizer steps done
     consumed_samples: int = 0
     updates: int = 0  # steps that changed the parameters: the others had numbers that are not finite
+    base: adapters.Base | None = None  # with --lora-rank: the weights that the adapters are for
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, a tied embedding counted once."""
         return num_parameters(self.hf if self.config.mtp_num_layers else plain(self.hf))
+
+    @property
+    def num_saved(self) -> int:
+        """Parameters that are trained, and that checkpoints hold."""
+        return adapters.num_trained(self.hf, self.options) or self.num_parameters
 
     @property
     def models(self) -> list[Any]:
@@ -56,16 +62,18 @@ class Session:
 
 
 def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) -> Session:
-    """Join the process groups and build the run; with ``load``, with the weights of --model."""
+    """Join the process groups and build the run; with ``load`` or adapters, with the weights of --model."""
     parallel.start(options, device, timeout_s=options.timeout_s)
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # megatron-core keeps it from earlier uses in this process
     seed_everything(options.seed, parallel_state.get_pipeline_model_parallel_rank())
+    layers = replace(device, transformer_engine=False) if options.lora else device  # adapters go beside core's own
     with together():
         models = build(
-            hf, ModelOptions(options, device, options.precision, options.seq_length, _overrides(options, hf))
+            hf, ModelOptions(options, layers, options.precision, options.seq_length, _overrides(options, hf))
         )
-    if load and options.model is not None:
+    if (load or options.lora) and options.model is not None:
         _load(models, options.model, hf)
+    base = adapters.add(models, hf, options)
     config: TransformerConfig = models[0].config
     chunks = [_wrap(options, config, model, first=i == 0) for i, model in enumerate(models)]
     optimizer = get_megatron_optimizer(
@@ -73,7 +81,7 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
     )
     optimizer_state.allocate(optimizer)
     _connect(config, chunks, optimizer, options)
-    return Session(options, device, hf, config, chunks, optimizer, _schedule(options, optimizer))
+    return Session(options, device, hf, config, chunks, optimizer, _schedule(options, optimizer), base=base)
 
 
 def _load(models: list[torch.nn.Module], source: Path, hf: HfConfig) -> None:
@@ -99,6 +107,8 @@ def _overrides(options: TrainOptions, hf: HfConfig) -> dict[str, Any]:
         warn(
             log, "layers for multi-token prediction are left out, from checkpoints too (--mtp-loss-weight trains them)"
         )
+    if options.lora and find(hf).transformer_config(hf).get("moe_router_enable_expert_bias"):
+        fields["moe_router_bias_update_rate"] = 0.0  # what is not trained stays as it is
     if options.recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform"}
         fields["recompute_num_layers"] = options.recompute_layers
