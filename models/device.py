@@ -23,6 +23,7 @@ from megapatch.models.cli import UserError
 
 log = logging.getLogger(__name__)
 Kind = Literal["auto", "cpu", "gpu"]
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ class Device:
     def torch(self) -> torch.device:
         """This process's torch device."""
         return torch.device("cuda", torch.cuda.current_device()) if self.kind == "cuda" else torch.device("cpu")
+
+    @property
+    def no_engine(self) -> str:
+        """Why there is no Transformer Engine here."""
+        if self.kind == "cpu":
+            return "this runs on a CPU"
+        return (
+            "it is not used" if installed("transformer_engine") else "the package transformer_engine is not installed"
+        )
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
@@ -84,6 +94,12 @@ class Device:
         if self.kind == "cuda":
             torch.cuda.set_rng_state(state["device"])
         tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def set_connections(count: int) -> str:
+    """Have the driver make so many queues to the GPU, which must not be in use yet; what was done, for the log."""
+    given = os.environ.setdefault(CONNECTIONS, str(count))
+    return f"{CONNECTIONS}={given}" + ("" if given == str(count) else f" as the environment says, not {count}")
 
 
 def installed(package: str) -> bool:

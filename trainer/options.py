@@ -5,14 +5,19 @@ from pathlib import Path
 from typing import ClassVar, Literal, Optional
 
 from megapatch.models.cli import opt
+from megapatch.trainer.fp8_options import Fp8Options
 from megapatch.trainer.lora_options import LoraOptions
+from megapatch.trainer.moe_options import MoeOptions
+from megapatch.trainer.overlap import OverlapOptions
+from megapatch.trainer.recompute_options import RecomputeOptions
+from megapatch.trainer.reliability_options import ReliabilityOptions
 from megapatch.trainer.watching import Watching
 
 SPLIT = "98,2,0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(LoraOptions, Watching):
+class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, LoraOptions, ReliabilityOptions, Watching):
     """What every kind of training shares."""
 
     tool: ClassVar[str] = "mp-pretrain"
@@ -53,26 +58,19 @@ class TrainOptions(LoraOptions, Watching):
         "0 leaves these layers out, and checkpoints then have none",
         0.0,
     )
-    recompute: Literal["none", "selective", "full"] = opt(
-        "activations to compute again in the backward pass: selective: attention; full: whole layers", "none"
-    )
-    recompute_layers: int = opt("for --recompute full: layers per recomputed unit", 1)
-    use_distributed_optimizer: bool = opt("cut optimizer state over data-parallel ranks", False)
-    overlap_grad_reduce: bool = opt("reduce gradients while the backward pass runs", False)
-    overlap_param_gather: bool = opt("gather parameters while the forward pass runs", False)
 
-    save_interval: int = opt("steps between checkpoints; 0: only at the end", 0)
-    keep: int = opt("newest checkpoints to keep; 0 keeps all", 0)
     requeue_file: Optional[Path] = opt(
         "made when a signal ended the run and all is saved, for a job script to see", None
     )
     eval_interval: int = opt("steps between evaluations on the validation split; 0: none", 0)
     eval_iters: int = opt("global batches per evaluation", 4)
-    max_bad_steps: int = opt("steps with a loss or gradient that is not finite to skip before giving up", 3)
-    timeout_s: float = opt("seconds to wait for another rank before giving up", 1800.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.refuse_recompute()
+        self.refuse_moe()
+        self.refuse_fp8(self.precision)
+        self.refuse_overlap(self)
         for flag in (
             "seq_length",
             "micro_batch_size",
@@ -88,15 +86,14 @@ class TrainOptions(LoraOptions, Watching):
             "give one of --model (weights to start from) and --init-from (config.json for random ones)": (
                 (self.model is None) == (self.init_from is None)
             ),
-            "--lora-rank needs --model, whose weights the adapters are for": (self.lora_rank is not None and not self.model),
+            "--lora-rank needs --model, whose weights the adapters are for": (
+                self.lora_rank is not None and self.model is None
+            ),
             "--lora-rank and --mtp-loss-weight: give one; layers for multi-token prediction get no adapters": (
                 self.lora_rank is not None and self.mtp_loss_weight > 0
             ),
             f"--save {self.save}: is the folder of --model; name another one": (
                 self.model is not None and self.model.resolve() == self.save.resolve()
-            ),
-            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce": (
-                self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce)
             ),
             "--lr-schedule wsd and --lr-wsd-decay-iters need each other": (
                 (self.lr_schedule == "wsd") != bool(self.lr_wsd_decay_iters)
@@ -108,8 +105,8 @@ class TrainOptions(LoraOptions, Watching):
             "--lr-warmup-iters": (self.lr_wsd_decay_iters or 0) > decay - self.lr_warmup_iters,
             f"--lr {self.lr}: must be above 0": not self.lr > 0,
             f"--mtp-loss-weight {self.mtp_loss_weight}: must be 0 or more": not self.mtp_loss_weight >= 0,
-            f"--mtp-loss-weight needs --recompute-layers 1, found {self.recompute_layers}": (
-                self.mtp_loss_weight > 0 and self.recompute == "full" and self.recompute_layers != 1
+            f"--mtp-loss-weight needs --recompute-unit 1, found {self.recompute_unit}": (
+                self.mtp_loss_weight > 0 and self.recompute_unit != 1
             ),
             f"--min-lr {self.min_lr}: must be between 0 and --lr {self.lr}": not 0 <= self.min_lr <= self.lr,
             f"--seq-length {self.seq_length}: must be divisible by 2 x --cp": (

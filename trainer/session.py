@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megapatch.models import core_files, parallel
 from megapatch.models.build import DTYPES, ModelOptions, build
@@ -19,9 +20,10 @@ from megapatch.models.cli import UserError
 from megapatch.models.device import Device, seed_everything
 from megapatch.models.family import HfConfig, find
 from megapatch.models.held import plain
+from megapatch.models.layers import spec
 from megapatch.models.load import load_weights
 from megapatch.models.shapes import num_parameters
-from megapatch.trainer import adapters, optimizer_state
+from megapatch.trainer import adapters, experts, optimizer_state
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import together, warn
 
@@ -69,7 +71,7 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
     layers = replace(device, transformer_engine=False) if options.lora else device  # adapters go beside core's own
     with together():
         models = build(
-            hf, ModelOptions(options, layers, options.precision, options.seq_length, _overrides(options, hf))
+            hf, ModelOptions(options, layers, options.precision, options.seq_length, _overrides(options, layers, hf))
         )
     if (load or options.lora) and options.model is not None:
         _load(models, options.model, hf)
@@ -95,7 +97,7 @@ def _load(models: list[torch.nn.Module], source: Path, hf: HfConfig) -> None:
             load_weights(models, source, hf)
 
 
-def _overrides(options: TrainOptions, hf: HfConfig) -> dict[str, Any]:
+def _overrides(options: TrainOptions, device: Device, hf: HfConfig) -> dict[str, Any]:
     """TransformerConfig fields that training sets."""
     fields: dict[str, Any] = {"calculate_per_token_loss": True}  # the loss does not depend on how a batch is cut
     count = find(hf).transformer_config(hf).get("mtp_num_layers")
@@ -109,11 +111,15 @@ def _overrides(options: TrainOptions, hf: HfConfig) -> dict[str, Any]:
         )
     if options.lora and find(hf).transformer_config(hf).get("moe_router_enable_expert_bias"):
         fields["moe_router_bias_update_rate"] = 0.0  # what is not trained stays as it is
-    if options.recompute == "full":
-        fields |= {"recompute_granularity": "full", "recompute_method": "uniform"}
-        fields["recompute_num_layers"] = options.recompute_layers
-    elif options.recompute == "selective":
-        fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    model = find(hf).transformer_config(hf)
+    special = spec.resolve(find(hf).modules(hf))
+    engine = device.transformer_engine and not special.special
+    reason = "the layers of this run are not its" if device.transformer_engine else device.no_engine
+    own_layer = special.layer is not TransformerLayer
+    fields |= options.recompute_config(model, own_layer=own_layer, engine=engine and options.moe_grouped_gemm)
+    fields |= options.moe_config(model, engine=engine)
+    fields |= options.fp8_config(engine=engine, why_not=reason)
+    fields |= options.overlap_config(engine=engine, why_not=reason)
     return fields
 
 
@@ -143,6 +149,7 @@ def _wrap(
         overlap_grad_reduce=options.overlap_grad_reduce,
         overlap_param_gather=options.overlap_param_gather,
         use_distributed_optimizer=options.use_distributed_optimizer,
+        bucket_size=options.ddp_bucket_size,
     )
     return DistributedDataParallel(config, ddp, model, disable_bucketing=not first)
 
@@ -150,7 +157,7 @@ def _wrap(
 def _connect(config: TransformerConfig, chunks: list[Any], optimizer: Any, options: TrainOptions) -> None:
     """Tell megatron-core's schedules how gradients are scaled and reduced."""
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = experts.finalize
     if options.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]

@@ -10,14 +10,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
-from megapatch.models.layers.spec import mixture_layers
+from megapatch.trainer import experts
 from megapatch.trainer.session import Session
 
-BALANCING = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}  # upstream's names
 Batches = Callable[[], Iterator[dict[str, Any]]]  # a fresh iterator over this rank's micro-batches
 
 
@@ -86,7 +84,11 @@ def train_step(session: Session, batches: Batches, count: int) -> StepResult:
     session.optimizer.zero_grad()
     loss, tokens = run_batches(session, batches, count, train=True)
     norm = update(session) if math.isfinite(loss) else None
-    return StepResult(loss, norm, round(tokens), _mixture_losses(session, count) | _prediction_losses(session, count))
+    if norm is None:
+        experts.undo_bias(session.models)
+    extra = experts.losses(session.config, session.step, count)
+    extra |= experts.load(session.config, session.models, session.device.torch)
+    return StepResult(loss, norm, round(tokens), extra | _prediction_losses(session, count))
 
 
 def update(session: Session) -> float | None:
@@ -104,28 +106,6 @@ def update(session: Session) -> float | None:
     session.updates += 1
     session.schedule.step(increment=session.options.global_batch_size)
     return norm
-
-
-def _mixture_losses(session: Session, count: int) -> dict[str, float]:
-    """Load-balancing losses of a mixture of experts, averaged over layers and micro-batches; empty for a dense one."""
-    config = session.config
-    if config.num_moe_experts is None:
-        return {}
-    totals: dict[str, Tensor] = {}
-    further = config.mtp_num_layers or 0
-    name = BALANCING[config.moe_router_load_balancing_type]
-    track_moe_metrics(
-        1 / count,
-        session.step,
-        total_loss_dict=totals,
-        force_initialize=True,
-        track_names=[name],
-        num_layers=config.num_layers + further,
-        moe_layer_freq=[int(mixture) for mixture in mixture_layers(config)],
-        mtp_num_layers=further,
-    )
-    clear_aux_losses_tracker()
-    return {name: float(value) for name, value in totals.items()}
 
 
 def _prediction_losses(session: Session, count: int) -> dict[str, float]:
