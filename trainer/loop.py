@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megapatch.models.cli import UserError
-from megapatch.trainer import checkpoint, signals
+from megapatch.trainer import checkpoint, saving, signals
 from megapatch.trainer.metrics import Log
 from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.session import Session
@@ -83,7 +83,7 @@ class Trainer:
         first = last - self.session.options.global_batch_size
         message = f"step {self.session.step}: the {what} is not finite (samples {first} to {last - 1})"
         with together():
-            if self.bad_steps > self.session.options.max_bad_steps:
+            if self.bad_steps > self.session.options.max_nan:
                 raise UserError(
                     f"{message}; {self.bad_steps} such steps in a row, giving up; {self._last_good()}; "
                     "lower --lr, or look at the data"
@@ -134,7 +134,7 @@ class Trainer:
         if self.saved_step == self.session.step:
             return
         start = time.perf_counter()
-        folder = checkpoint.save(self.session, self.source)
+        folder = saving.save(self.session, self.source)
         self.source = checkpoint.source_in(folder)  # --keep may remove the checkpoint that this run came from
         self.saved_step = self.session.step
         self.records.write("save", step=self.session.step, seconds=time.perf_counter() - start, folder=str(folder))
