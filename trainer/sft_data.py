@@ -85,6 +85,9 @@ class Blend:
     nth: np.ndarray  # int64 [samples], its number among the samples of that set, over all epochs
     orders: dict[tuple[int, int], np.ndarray]  # set and epoch -> order of rows, filled as needed
 
+    def __len__(self) -> int:
+        return len(self.which)
+
     def __getitem__(self, sample: int) -> tuple[int, Row]:
         which = int(self.which[sample])
         rows = self.sets[which]
