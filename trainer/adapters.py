@@ -26,7 +26,7 @@ def add(models: list[Any], hf: HfConfig, options: TrainOptions) -> Base | None:
     assert options.model is not None, "refused by the options"
     found: list[Base | None] = [None]
     with together():
-        attach(models, hf, options.lora, options.seed, recompute=options.recompute == "full")
+        attach(models, hf, options.lora, options.seed, recompute=options.recompute != "none")
         if first():
             found[0] = {"path": str(options.model.resolve()), "xxh3_128": base_digest(options.model)}
     trained = num_trained(hf, options)
