@@ -144,12 +144,14 @@ def optimizer_config(options: TrainOptions) -> OptimizerConfig:
 def _wrap(
     options: TrainOptions, config: TransformerConfig, model: torch.nn.Module, first: bool
 ) -> DistributedDataParallel:
+    on_gloo = options.use_distributed_optimizer and torch.distributed.get_backend() == "gloo"
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap_grad_reduce,
         overlap_param_gather=options.overlap_param_gather,
         use_distributed_optimizer=options.use_distributed_optimizer,
         bucket_size=options.ddp_bucket_size,
+        reduce_scatter_with_fp32_accumulation=on_gloo,  # by all-to-all: gloo's reduce-scatter sends all to everyone
     )
     return DistributedDataParallel(config, ddp, model, disable_bucketing=not first)
 
