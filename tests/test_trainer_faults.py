@@ -41,7 +41,11 @@ def test_weights_that_are_not_finite_end_the_run_and_are_never_saved(
     words = arguments(folder, str(tmp_path / "broken"), str(tmp_path / "run"), "--max-nan 2 --save-interval 1")
     assert main(words) == 1
     last = capfd.readouterr().err.splitlines()[-1]
-    assert "step 3: the loss is not finite (samples 16 to 23); 3 such steps in a row, giving up" in last
+    assert f"step 3: the loss is not finite (samples 16 to 23: {folder / 'data'} documents " in last
+    assert "; 3 such steps in a row, giving up; the last checkpoint is step 2; lower --lr" in last
+    named = [event["samples"] for event in events(log_of(tmp_path / "run"), "bad_step")]
+    assert [[place["sample"] for place in places] for places in named] == [[*range(n, n + 8)] for n in (0, 8, 16)]
+    assert all(place["prefix"] == str(folder / "data") and place["documents"] for places in named for place in places)
     records = events(log_of(tmp_path / "run"), "train")
     assert [(r["loss"], r["grad_norm"]) for r in records] == [(None, None)] * 3
 
@@ -94,9 +98,9 @@ def test_skipped_steps_leave_overlapped_communication_in_order(guarded: dict[str
 
 
 def test_too_many_bad_steps_end_the_run(guarded: dict[str, list[dict]], folder: Path) -> None:
-    assert "step 3: the loss is not finite (samples 16 to 23); 2 such steps in a row, giving up; the last" in error(
-        guarded["too many"]
-    )
+    told = error(guarded["too many"])
+    assert f"step 3: the loss is not finite (samples 16 to 23: {folder / 'data'} documents " in told
+    assert "; 2 such steps in a row, giving up; the last checkpoint is step 2;" in told
     assert [path.name for path in sorted((folder / "guarded/many").glob("iter_*"))] == ["iter_0000001", "iter_0000002"]
 
 

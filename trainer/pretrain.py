@@ -46,6 +46,7 @@ def train(options: TrainOptions, kind: "Kind") -> None:
     signals.listen()
     from megapatch.models import device, parallel
     from megapatch.trainer.ranks import first, naming_lost_peers, told_once_per_node
+    from megapatch.trainer.watchdog import watching
 
     with told_once_per_node():
         found = device.start(options.device)
@@ -61,7 +62,8 @@ def train(options: TrainOptions, kind: "Kind") -> None:
     try:
         with naming_lost_peers():
             trainer, records = prepare(options, found, plan, kind)
-            trainer.run()
+            with watching(options):
+                trainer.run()
             records.close()
     finally:
         parallel.stop()
@@ -138,13 +140,15 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
     from megapatch.trainer import data
     from megapatch.trainer.loop import Trainer
     from megapatch.trainer.metrics import flops_per_token
+    from megapatch.trainer.sample_places import Samples, in_corpus
 
     options, vocab_size = session.options, family.vocab_size(session.hf)
     assert isinstance(options, PretrainOptions)
-    train, valid = data.build_datasets(options, plan.tokenizer)
+    dataset, valid = data.build_datasets(options, plan.tokenizer)
+    train = Samples(dataset, in_corpus)
     batches = partial(data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)
     mixtures = sum(mixture_layers(session.config))
-    return Trainer(
+    trainer = Trainer(
         session,
         records=records,
         source=plan.source,
@@ -154,6 +158,8 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
         valid=lambda step: partial(batches, valid, first=step * options.global_batch_size),
         eval_steps=options.eval_iters if valid is not None else 0,
     )
+    trainer.samples = train
+    return trainer
 
 
 PRETRAINING = Kind(_check, _trainer)

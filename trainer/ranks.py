@@ -29,12 +29,12 @@ def told_once_per_node() -> Iterator[None]:
         yield
     except UserError as error:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
-            _let_the_first_tell()
+            let_the_first_tell()
             raise SystemExit(error.status) from None
         raise
 
 
-def _let_the_first_tell(limit_s: float = 10) -> None:
+def let_the_first_tell(limit_s: float = 10) -> None:
     """Wait to be asked to leave: torchrun ends all processes, whatever they are about to say, when one ends."""
     end = time.monotonic() + limit_s
     while not signals.asked() and time.monotonic() < end:

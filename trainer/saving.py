@@ -10,6 +10,7 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,7 @@ class Saving:
     def __init__(self, session: Session, source: Source, *, beside: bool) -> None:
         """``beside``: the training goes on meanwhile, so that what is written is copied first."""
         self.session, self.source, self.step = session, source, session.step
+        self.begun, self.held_s, self.complete = time.perf_counter(), 0.0, False
         self.target = core_files.iteration_folder(session.options.save, session.step)
         self.stage = self.target.with_name(self.target.name + STAGED)
         self.needed_bytes = session.num_saved * BYTES_PER_PARAMETER[session.options.precision]
@@ -81,6 +83,7 @@ class Saving:
         request = snapshot(self.request) if beside else self.request
         self.writing: Task[dict[str, str]] | None = Task(lambda: write(request))
         self.finishing: Task[None] | None = None
+        self.held_s = self.seconds()
 
     def busy(self) -> bool:
         """Is this rank still at its part?"""
@@ -89,15 +92,24 @@ class Saving:
 
     def advance(self) -> bool:
         """Go on to the next stage once no rank is busy (collective; waits); True when the checkpoint is complete."""
+        start = time.perf_counter()
+        if self.complete:
+            return True
         if self.writing:
             self._gather(self.writing)
             self.writing = None
             self.finishing = Task(self._finish) if first() else None
-            return False
-        with together(), disk.naming(self.target, self.needed_bytes):
-            if self.finishing:
-                self.finishing.result()
-        return True
+        else:
+            with together(), disk.naming(self.target, self.needed_bytes):
+                if self.finishing:
+                    self.finishing.result()
+            self.complete = True
+        self.held_s += time.perf_counter() - start
+        return self.complete
+
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.perf_counter() - self.begun
 
     def wait(self) -> Path:
         """Wait until the checkpoint is complete (collective); its folder."""
@@ -148,11 +160,6 @@ class Saving:
             older = [path for path in sorted(target.parent.glob("iter_" + "[0-9]" * 7)) if path.name <= target.name]
             for old in older[: -options.keep]:
                 shutil.rmtree(old)
-
-
-def save(session: Session, source: Source) -> Path:
-    """Write SAVE/iter_N and make it the newest (every rank must call)."""
-    return Saving(session, source, beside=False).wait()
 
 
 def clean(root: Path) -> None:

@@ -11,6 +11,7 @@ from megapatch.trainer import sft_data
 from megapatch.trainer.loop import Trainer
 from megapatch.trainer.metrics import Log, flops_per_token
 from megapatch.trainer.pretrain import Plan
+from megapatch.trainer.sample_places import Samples, in_conversations
 from megapatch.trainer.session import Session
 from megapatch.trainer.sft_batches import GlobalBatch
 from megapatch.trainer.sft_options import SftOptions
@@ -48,6 +49,7 @@ def make_trainer(session: Session, records: Log, plan: Plan) -> SftTrainer:
                 *(split, about["prefix"], about["conversations"], about["rows"], about["fill_percent"]),
                 *(about["truncated"], about["lost_tokens"]),
             )
+    read: Any = Samples(samples, in_conversations)
     made = partial(GlobalBatch, options=options, vocab_size=vocab_size, device=session.device.torch)
     trainer = SftTrainer(
         session,
@@ -57,8 +59,9 @@ def make_trainer(session: Session, records: Log, plan: Plan) -> SftTrainer:
         flops_per_token=flops_per_token(
             session.config, vocab_size, samples.context, sum(mixture_layers(session.config))
         ),
-        train=lambda start: trainer.remember(made(samples, start)),
+        train=lambda start: trainer.remember(made(read, start)),
         valid=lambda step: made(held, step * options.global_batch_size),
         eval_steps=options.eval_iters if valid is not None else 0,
     )
+    trainer.samples = read
     return trainer

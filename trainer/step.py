@@ -121,19 +121,27 @@ def _prediction_losses(session: Session, count: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(session: Session, batches: Callable[[int], Batches], steps: int, count: int) -> float:
-    """Mean loss per token over ``steps`` global batches, without dropout; parameters and gradients stay."""
+def evaluate(session: Session, batches: Callable[[int], Batches | None], steps: int, count: int) -> float | None:
+    """Mean loss per token over ``steps`` global batches, without dropout; parameters and gradients stay.
+
+    None where ``batches``, which all ranks agree on, gives none: the evaluation is cut short.
+    """
     gathering = session.options.overlap_param_gather
     for chunk in session.chunks:
         if gathering:
             chunk.disable_forward_pre_hook()
         chunk.eval()
     total, tokens = 0.0, 0.0
+    given: Batches | None = None
     for step in range(steps):
-        loss, n = run_batches(session, batches(step), count, train=False)
+        if (given := batches(step)) is None:
+            break
+        loss, n = run_batches(session, given, count, train=False)
         total, tokens = total + loss * n, tokens + n
     for chunk in session.chunks:
         chunk.train()
         if gathering:
             chunk.enable_forward_pre_hook()
+    if given is None:
+        return None
     return total / tokens if tokens else 0.0
