@@ -29,8 +29,14 @@ PEFT: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {  # name: model, 
         ["q_proj", "k_proj", "v_proj", "o_proj"],
         {"r": 4, "lora_alpha": 8},
     ),
+    "latent": (
+        "latent",
+        f"{LORA} --lora-targets attention",
+        ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+        {"r": 4, "lora_alpha": 8},
+    ),
 }
-MODELS = {"dense": "qwen3", "biased": "qwen2", "gpt": "gpt2", "mixture": "qwen3_moe"}
+MODELS = {"dense": "qwen3", "biased": "qwen2", "gpt": "gpt2", "mixture": "qwen3_moe", "latent": "deepseek_v3"}
 DISTRIBUTED = "--use-distributed-optimizer"
 LAYOUTS = {  # two processes: as one
     "TP2": ("dense", f"{LORA} --tp 2"),
@@ -38,6 +44,7 @@ LAYOUTS = {  # two processes: as one
     "PP2, full recomputation": ("dense", f"{LORA} --pp 2 --recompute full"),
     "CP2": ("dense", f"{LORA} --cp 2"),
     "DP2 distributed": ("dense", f"{LORA} {DISTRIBUTED}"),
+    "latent, TP2 SP": ("latent", f"{LORA} --lora-targets attention --tp 2 --sequence-parallel"),
     "EP2 distributed": ("mixture", f"{LORA} --lora-targets attention --ep 2 {DISTRIBUTED}"),
 }
 SAME = {  # processes: {name: options of a run that is interrupted after step 2}
@@ -127,7 +134,7 @@ def test_training_equals_that_of_peft_within_1e_5(folder: Path, alone: dict[str,
 def test_every_layout_trains_as_one_process_does(
     alone: dict[str, dict], runs: dict[str, list[dict]], name: str
 ) -> None:
-    expected = alone["experts" if LAYOUTS[name][0] == "mixture" else "all"]["log"]
+    expected = alone[{"dense": "all", "mixture": "experts", "latent": "latent"}[LAYOUTS[name][0]]]["log"]
     for a, b in zip(steps(runs[name]), steps(expected), strict=True):
         assert a[1] == pytest.approx(b[1], abs=1e-5)
         assert a[2] == pytest.approx(b[2], rel=1e-4)

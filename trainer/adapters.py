@@ -37,7 +37,7 @@ def add(models: list[Any], hf: HfConfig, options: TrainOptions) -> Base | None:
 
 def num_trained(hf: HfConfig, options: TrainOptions) -> int | None:
     """Parameters in the adapters of the whole model; None: all of the model is trained."""
-    return options.lora and num_parameters(Layout(hf), options.lora)
+    return None if options.lora is None else num_parameters(Layout(hf), options.lora)
 
 
 def saved(state: dict[str, Any], options: TrainOptions) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """Options of LoRA: train low-rank adapters beside weights that stay as they are."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from megapatch.models.cli import opt
 from megapatch.models.lora import Lora
 from megapatch.models.parallel import Parallel
 
-_NEED_RANK = {"lora_alpha": None, "lora_dropout": 0.0, "lora_targets": [], "lora_rslora": False}  # and their defaults
+_NEED_RANK: dict[str, Any] = {
+    "lora_alpha": None,
+    "lora_dropout": 0.0,
+    "lora_targets": [],
+    "lora_rslora": False,
+}  # and their defaults
 
 
 @dataclass(frozen=True, kw_only=True)
