@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megapatch.models.cli import run, versions
+from megapatch.models.cli import UserError, run
 from megapatch.trainer.options import PretrainOptions, TrainOptions
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megapatch.models.family import HfConfig
     from megapatch.models.tokenizer import Tokenizer
     from megapatch.trainer.checkpoint import Source
+    from megapatch.trainer.describe import Description
     from megapatch.trainer.loop import Trainer
     from megapatch.trainer.metrics import Log
     from megapatch.trainer.session import Session
@@ -49,11 +50,13 @@ def train(options: TrainOptions, kind: "Kind") -> None:
     from megapatch.trainer.watchdog import watching
 
     with told_once_per_node():
-        found = device.start(options.device)
+        found = device.start("auto" if options.dry_run else options.device)  # a plan may be for another machine
         plan = make_plan(options, kind)
+        described = plan.describe(options, found)
+        described.refuse_too_large()
     if options.dry_run:
         if first():
-            print(json.dumps(_described(options, plan), indent=1))
+            _show(described, plan, found)
         return
     if plan.done:
         log.info("%s: all %d steps are done; nothing to do", options.save, options.train_iters)
@@ -89,12 +92,19 @@ class Plan:
     data_parallel_size: int
     count: int  # micro-batches per step of each data-parallel rank
 
+    def describe(self, options: TrainOptions, device: "Device") -> "Description":
+        """What the run will be."""
+        from megapatch.trainer.describe import describe
+
+        return describe(options, self.hf, self.count, fused=options.device == "gpu" or device.kind != "cpu")
+
 
 def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     """Read what the options name, and refuse what does not fit (UserError); joins no process group."""
-    from megapatch.models import core_files, family, parallel
+    from megapatch.models import core_files, family
     from megapatch.models.tokenizer import Tokenizer
     from megapatch.trainer import checkpoint, data
+    from megapatch.trainer.describe import processes
 
     kind = kind or PRETRAINING
     resumed = checkpoint.newest(options.save)
@@ -108,7 +118,7 @@ def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     hf, tokenizer = source.hf, Tokenizer(source.tokenizer, trust_remote_code=options.trust_remote_code)
     options.check_model(family.find(hf).transformer_config(hf))
     kind.check(options, tokenizer, family.vocab_size(hf))
-    size = options.data_parallel_size(parallel.world_size())
+    size = options.data_parallel_size(processes(options))
     count = data.num_micro_batches(options, size)
     return Plan(source, hf, tokenizer, resumed, isinstance(step, int) and step >= options.train_iters, size, count)
 
@@ -138,8 +148,8 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
     from megapatch.models import family
     from megapatch.models.layers.spec import mixture_layers
     from megapatch.trainer import data
+    from megapatch.trainer.flops import flops_per_token
     from megapatch.trainer.loop import Trainer
-    from megapatch.trainer.metrics import flops_per_token
     from megapatch.trainer.sample_places import Samples, in_corpus
 
     options, vocab_size = session.options, family.vocab_size(session.hf)
@@ -165,32 +175,36 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
 PRETRAINING = Kind(_check, _trainer)
 
 
-def _resolved(options: TrainOptions) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
+def _show(described: "Description", plan: Plan, device: "Device") -> None:
+    """--dry-run: JSON to stdout, a table to stderr."""
+    from megapatch.trainer.describe import as_json, as_table
+
+    found = as_json(described, plan.resumed)
+    if described.options.dry_run_rank is not None:
+        found["built"] = _built(described, device)
+    print(json.dumps(found, indent=1))
+    log.info("\n%s", as_table(found))
 
 
-def _described(options: TrainOptions, plan: Plan) -> dict[str, Any]:
-    """The resolved configuration, for --dry-run."""
-    from megapatch.models.parallel import world_size
-    from megapatch.models.shapes import num_parameters
+def _built(described: "Description", device: "Device") -> dict[str, int]:
+    """The part of --dry-run-rank, built without memory."""
+    from megapatch.models.build import ModelOptions
+    from megapatch.trainer.without_memory import parameters
 
-    layout = {name: getattr(options, name) for name in ("tp", "pp", "vpp", "cp", "ep", "expert_tp")}
-    return {
-        "options": _resolved(options),
-        "layout": layout | {"data_parallel_size": plan.data_parallel_size, "world_size": world_size()},
-        "micro_batches_per_step": plan.count,
-        "tokens_per_step": options.global_batch_size * options.seq_length,
-        "parameters": num_parameters(plan.hf),
-        "resumes_from": plan.resumed and str(plan.resumed),
-        "model": dict(plan.hf),
-        "versions": versions(),
-    }
+    options, rank = described.options, described.options.dry_run_rank
+    assert rank is not None
+    if rank >= described.world:
+        raise UserError(f"--dry-run-rank {rank}: ranks are 0 to {described.world - 1}")
+    further = {"mtp_num_layers": described.sizes.mtp_num_layers}
+    made = ModelOptions(options, device, options.precision, options.seq_length, further)
+    return {"rank": rank, "parameters": parameters(described.hf, made, described.world, rank)}
 
 
 def _open_log(options: TrainOptions) -> "Log":
     """The log of this process: rank 0 writes, the others are silent."""
     import torch.distributed as dist
 
+    from megapatch.trainer.describe import resolved
     from megapatch.trainer.metrics import JsonLines, Log, Sink, TensorBoard, WeightsAndBiases
     from megapatch.trainer.ranks import together
 
@@ -201,19 +215,21 @@ def _open_log(options: TrainOptions) -> "Log":
             if options.tensorboard:
                 sinks.append(TensorBoard(options.tensorboard))
             if options.wandb:
-                sinks.append(WeightsAndBiases(options.wandb, _resolved(options)))
+                sinks.append(WeightsAndBiases(options.wandb, resolved(options)))
     return Log(sinks)
 
 
 def _record_start(session: "Session", records: "Log", plan: Plan) -> None:
     import torch.distributed as dist
 
+    from megapatch.trainer.describe import resolved
+
     log.info(f"{session.num_parameters:,} parameters on {dist.get_world_size()} processes")
     if plan.resumed:
         records.write("resume", step=session.step, consumed_samples=session.consumed_samples)
     records.write(
         "start",
-        config=_resolved(session.options),
+        config=resolved(session.options),
         world_size=dist.get_world_size(),
         parameters=session.num_parameters,
         resumed_from=session.step if plan.resumed else None,
