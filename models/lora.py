@@ -23,6 +23,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 A, B = "lora_A", "lora_B"  # what follows a core module's name
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PEFT = "base_model.model.{module}.{kind}.weight"
+_PLAIN = {  # settings of peft that are not supported -> the values that mean without
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "modules_to_save": ([],),
+    "layers_to_transform": ([],),
+    "target_parameters": ([],),
+    "exclude_modules": ([],),
+}
 GROUPS = {"attention": ("self_attention.",), "mlp": ("mlp.",), "all": ("self_attention.", "mlp.")}  # in core's names
 
 
@@ -33,7 +47,7 @@ class Lora:
     rank: int
     alpha: float
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("all",)  # last words of Hugging Face names, such as q_proj, or a key of GROUPS
+    targets: tuple[str, ...] = ("all",)  # ends of Hugging Face names, such as q_proj, or keys of GROUPS
     rank_stabilized: bool = False
 
     @property
@@ -91,9 +105,9 @@ def targets(layout: Layout, lora: Lora) -> list[Target]:
     found, unseen = [], set(lora.targets)
     for placed in candidates(layout):
         groups = {group for group, inside in GROUPS.items() if placed.rule.core.removeprefix(CORE).startswith(inside)}
-        names = [last(name.removesuffix(".weight")) for name in placed.hf]
-        parts = tuple(n for n, name in enumerate(names) if {name, *groups} & set(lora.targets))
-        unseen -= {*names, *groups}
+        meant = [{*groups, *_ends(name.removesuffix(".weight"))} & set(lora.targets) for name in placed.hf]
+        parts = tuple(n for n, names in enumerate(meant) if names)
+        unseen -= set().union(*meant)
         if parts and placed.expert is not None:
             raise UserError(
                 f"--lora-targets {' '.join(lora.targets)}: would give adapters to experts ({placed.hf[parts[0]]}), "
@@ -105,6 +119,11 @@ def targets(layout: Layout, lora: Lora) -> list[Target]:
         there = sorted({last(n.removesuffix(".weight")) for placed in candidates(layout) for n in placed.hf})
         raise UserError(f"--lora-targets {min(unseen)}: the model has {', '.join(there)}; groups: {', '.join(GROUPS)}")
     return found
+
+
+def _ends(name: str) -> set[str]:
+    """a.b.c -> c, b.c, a.b.c"""
+    return {last(name, words) for words in range(1, name.count(".") + 2)}
 
 
 def num_parameters(layout: Layout, lora: Lora) -> int:
@@ -125,6 +144,63 @@ def first_a(name: str, rank: int, columns: int, seed: int) -> "Tensor":
     generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed} {name}".encode()) >> 1)
     bound = 1 / sqrt(columns)
     return torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+
+
+def peft_name(module: str, kind: str) -> str:
+    """The tensor in a file of peft's with lora_A or lora_B of a Hugging Face module."""
+    return _PEFT.format(module=module, kind=kind)
+
+
+def of_peft(folder: Path) -> Lora:
+    """How the adapters in a folder of peft's are made (UserError: not as here)."""
+    said, path = hf_files.config(folder, PEFT_CONFIG), folder / PEFT_CONFIG
+    for key, plain in _PLAIN.items():
+        if (value := said.get(key)) is not None and value not in plain:
+            raise UserError(f"{path}: {key} is {value!r}, which is not supported; expected {plain[0]!r}")
+    modules = said.get("target_modules")
+    if not isinstance(modules, list) or not modules:
+        raise UserError(f"{path}: target_modules is {modules!r}; expected a list of names, such as q_proj")
+    try:
+        rank, alpha, dropout = int(said["r"]), float(said["lora_alpha"]), float(said.get("lora_dropout") or 0)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: r, lora_alpha and lora_dropout must be numbers ({error})") from error
+    return Lora(rank, alpha, dropout, tuple(sorted(modules)), bool(said.get("use_rslora")))
+
+
+class Start:
+    """The first values of adapters: A by the seed and B zero, or those in a folder of peft's (UserError: no fit)."""
+
+    def __init__(self, layout: Layout, lora: Lora, seed: int, folder: Path | None = None) -> None:
+        self.lora, self.seed, self.folder = lora, seed, folder
+        self._stored = {t.name: t for t in hf_files.read_header(folder / PEFT_WEIGHTS)} if folder else {}
+        modules = {module for target in targets(layout, lora) for module in target.names()}
+        wanted = {peft_name(module, kind) for module in modules for kind in (A, B)}
+        if folder and (wrong := wanted ^ self._stored.keys()):
+            what = "is missing" if min(wrong) in wanted else "has no place in the model"
+            raise UserError(f"{folder / PEFT_WEIGHTS}: {min(wrong)} {what}; is it an adapter for --model?")
+
+    def a(self, module: str, columns: int) -> "Tensor":
+        """A [rank, columns] of a Hugging Face module."""
+        shape = (self.lora.rank, columns)
+        return self._read(module, A, shape) if self.folder else first_a(module, *shape, self.seed)
+
+    def b(self, module: str, rows: int) -> "Tensor":
+        """B [rows, rank], in Hugging Face's order of rows."""
+        import torch
+
+        shape = (rows, self.lora.rank)
+        return self._read(module, B, shape) if self.folder else torch.zeros(shape)
+
+    def _read(self, module: str, kind: str, shape: tuple[int, int]) -> "Tensor":
+        from safetensors import safe_open
+
+        assert self.folder is not None
+        name = peft_name(module, kind)
+        if self._stored[name].shape != shape:
+            there = list(self._stored[name].shape)
+            raise UserError(f"{self.folder / PEFT_WEIGHTS}: {name}: shape {there}, the model needs {list(shape)}")
+        with safe_open(self.folder / PEFT_WEIGHTS, framework="pt") as file:
+            return file.get_tensor(name).float()
 
 
 def target_modules(layout: Layout, lora: Lora) -> list[str]:

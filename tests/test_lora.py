@@ -51,6 +51,8 @@ SAME = {  # processes: {name: options of a run that is interrupted after step 2}
     1: {"alone": LORA, "bf16, dropout": f"{LORA} --precision bf16 --lora-dropout 0.2"},
     2: {"TP2 SP": f"{LORA} --tp 2 --sequence-parallel --lora-dropout 0.2", "DP2": f"{LORA} {DISTRIBUTED}"},
 }
+FROM = ("all", "transposed")  # of PEFT
+STILL = "--train-iters 1 --lr 1e-30 --weight-decay 0 --tp 2"  # changes nothing
 SIGNAL = {"step": 2, "number": 10, "rank": 0}
 
 
@@ -96,8 +98,13 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[str, list[dict]]:
-    """The records of runs in one and in two processes, by name."""
+def runs(folder: Path, alone: dict[str, dict]) -> dict[str, list[dict]]:
+    """The records of runs in one and in two processes, by name; some begin with adapters that peft has saved."""
+    for name in FROM:
+        ours, base = folder / f"{name} as exported", folder / PEFT[name][0]
+        assert convert(["--source", str(folder / "runs" / name), "--target", str(ours), "--to", "peft"]) == 0
+        whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        PeftModel.from_pretrained(whole, str(ours)).save_pretrained(folder / name)
 
     def cases(processes: int) -> dict[str, Any]:
         made: dict[str, Any] = {}
@@ -113,7 +120,14 @@ def runs(folder: Path) -> dict[str, list[dict]]:
         return made
 
     layouts = {name: arguments(folder, kind, f"runs/{name}", words) for name, (kind, words) in LAYOUTS.items()}
-    return launch(1, cases(1), folder) | launch(2, layouts | cases(2), folder)
+    more = {
+        f"from {name}": {
+            "arguments": arguments(folder, PEFT[name][0], f"runs/from {name}", f"{STILL} --lora-from {folder / name}"),
+            "save": True,
+        }
+        for name in FROM
+    }
+    return launch(1, cases(1), folder) | launch(2, layouts | cases(2) | more, folder)
 
 
 def losses(records: list[dict]) -> list[float]:
@@ -179,6 +193,13 @@ def test_peft_loads_the_exported_adapter_and_gives_our_logits(
         torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=0, msg=key)
     assert set(weights(tmp_path / "hf")) == set(weights(base))
 
+    merged[merged.index("--target") + 1] = str(tmp_path / "bf16")
+    assert convert([*merged, "--dtype", "bf16"]) == 0
+    rounded = weights(tmp_path / "bf16")
+    assert torch.bfloat16 in {value.dtype for value in rounded.values()}
+    for key, value in weights(tmp_path / "hf").items():  # a router's bias stays in fp32
+        assert torch.equal(rounded[key], value.to(rounded[key].dtype)), key
+
 
 @pytest.mark.parametrize("name", ["TP2 SP whole", "DP2 whole"])
 def test_adapters_saved_in_a_layout_are_merged_as_those_of_one_process(
@@ -196,8 +217,24 @@ def test_adapters_saved_in_a_layout_are_merged_as_those_of_one_process(
     assert changed == {key for key in base if any(f".{module}." in key for module in ALL)}
 
 
+@pytest.mark.parametrize("name", FROM)
+def test_training_starts_from_an_adapter_of_peft(
+    folder: Path, runs: dict[str, list[dict]], name: str, tmp_path: Path
+) -> None:
+    assert not error(runs[f"from {name}"])
+    words = ["--source", str(folder / "runs" / f"from {name}"), "--target", str(tmp_path / "peft"), "--to", "peft"]
+    assert convert(words) == 0
+    before, after = weights(folder / name), weights(tmp_path / "peft")
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[key], after[key], rtol=0, atol=1e-20) for key in before)
+    assert any(value.abs().max() > 1e-4 for key, value in after.items() if "lora_B" in key)
+
+
 REFUSED = {  # what: (arguments of mp-pretrain, exit status, part of the message)
     "alpha without rank": ("--lora-alpha 4", 2, "--lora-alpha needs --lora-rank"),
+    "adapter and rank": ("--lora-from DIR/peft --lora-rank 4", 2, "--lora-rank: not with --lora-from"),
+    "adapter that is not there": ("--lora-from DIR/peft", 1, "adapter_config.json"),
+    "kind of adapter": ("--lora-from DIR/dora", 1, "adapter_config.json: use_dora is True, which is not supported"),
     "rank of none": ("--lora-rank 0", 2, "--lora-rank 0: must be at least 1"),
     "unknown layer": ("--lora-rank 2 --lora-targets w1", 1, "--lora-targets w1: the model has down_proj, gate_proj"),
     "another rank": (LORA.replace("rank 4", "rank 2") + " --train-iters 6", 1, "--lora-rank was 4, now 2"),
@@ -210,6 +247,9 @@ def test_what_cannot_be_is_refused_in_one_line(
     folder: Path, alone: dict[str, dict], case: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     words, status, message = REFUSED[case]
+    (tmp_path / "dora").mkdir()
+    (tmp_path / "dora" / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
+    words = words.replace("DIR", str(tmp_path))
     save = "runs/all" if "train-iters" in words else str(tmp_path / "run")
     try:
         found = main(arguments(folder, "dense", save, words))

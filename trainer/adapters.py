@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megapatch.models.cli import UserError
 from megapatch.models.family import HfConfig
 from megapatch.models.layers.lora import attach
-from megapatch.models.lora import A, B, base_digest, num_parameters
+from megapatch.models.lora import A, B, Start, base_digest, num_parameters
 from megapatch.models.shapes import Layout
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import first, together
@@ -26,7 +26,9 @@ def add(models: list[Any], hf: HfConfig, options: TrainOptions) -> Base | None:
     assert options.model is not None, "refused by the options"
     found: list[Base | None] = [None]
     with together():
-        attach(models, hf, options.lora, options.seed, recompute=options.recompute != "none")
+        layout = Layout(hf)
+        start = Start(layout, options.lora, options.seed, options.lora_from)
+        attach(models, layout, start, recompute=options.recompute != "none")
         if first():
             found[0] = {"path": str(options.model.resolve()), "xxh3_128": base_digest(options.model)}
     trained = num_trained(hf, options)

@@ -1,10 +1,11 @@
 """Options of LoRA: train low-rank adapters beside weights that stay as they are."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional
 
 from megapatch.models.cli import opt
-from megapatch.models.lora import Lora
+from megapatch.models.lora import Lora, of_peft
 from megapatch.models.parallel import Parallel
 
 _NEED_RANK: dict[str, Any] = {
@@ -35,11 +36,19 @@ class LoraOptions(Parallel):
         nargs="+",
         metavar="NAME",
     )
+    lora_from: Optional[Path] = opt(
+        "train on from the adapter in this folder, as peft and mp-convert --to peft write it; rank and all else are "
+        "those of its adapter_config.json",
+        None,
+    )
     lora_rslora: bool = opt("for --lora-rank: divide --lora-alpha by the root of the rank (rsLoRA)", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         given = [name for name, default in _NEED_RANK.items() if getattr(self, name) != default]
+        if self.lora_from is not None and (given or self.lora_rank is not None):
+            name = (["lora_rank"] if self.lora_rank is not None else given)[0].replace("_", "-")
+            raise ValueError(f"--{name}: not with --lora-from, whose adapter_config.json says it")
         if self.lora_rank is None and given:
             raise ValueError(f"--{given[0].replace('_', '-')} needs --lora-rank")
         if self.lora_rank is not None and self.lora_rank < 1:
@@ -50,8 +59,15 @@ class LoraOptions(Parallel):
             raise ValueError(f"--lora-dropout {self.lora_dropout}: must be 0 or more, and below 1")
 
     @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained."""
+        return self.lora_rank is not None or self.lora_from is not None
+
+    @property
     def lora(self) -> Lora | None:
         """The adapters that are asked for."""
+        if self.lora_from is not None:
+            return of_peft(self.lora_from)
         if self.lora_rank is None:
             return None
         alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha

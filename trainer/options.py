@@ -86,11 +86,11 @@ class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, Lor
             "give one of --model (weights to start from) and --init-from (config.json for random ones)": (
                 (self.model is None) == (self.init_from is None)
             ),
-            "--lora-rank needs --model, whose weights the adapters are for": (
-                self.lora_rank is not None and self.model is None
+            "--lora-rank and --lora-from need --model, whose weights the adapters are for": (
+                self.adapts and self.model is None
             ),
-            "--lora-rank and --mtp-loss-weight: give one; layers for multi-token prediction get no adapters": (
-                self.lora_rank is not None and self.mtp_loss_weight > 0
+            "--mtp-loss-weight: not with adapters; layers for multi-token prediction get none": (
+                self.adapts and self.mtp_loss_weight > 0
             ),
             f"--save {self.save}: is the folder of --model; name another one": (
                 self.model is not None and self.model.resolve() == self.save.resolve()

@@ -27,9 +27,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megapatch.models.cuts import HALVES, Region, cut_of, regions
-from megapatch.models.family import HfConfig
 from megapatch.models.load import unwrapped
-from megapatch.models.lora import A, B, Lora, Target, first_a, part_of_rows, targets
+from megapatch.models.lora import A, B, Lora, Start, Target, part_of_rows, targets
 from megapatch.models.shapes import Layout
 
 
@@ -107,18 +106,17 @@ class AdaptedRow(_Adapted, RowParallelLinear):
 _ADAPTED = {ColumnParallelLinear: AdaptedColumn, RowParallelLinear: AdaptedRow}
 
 
-def attach(chunks: Sequence[torch.nn.Module], hf: HfConfig, lora: Lora, seed: int, *, recompute: bool) -> None:
-    """Freeze the chunks of a model and give them adapters that change nothing yet; only these can be trained."""
-    layout = Layout(hf)
+def attach(chunks: Sequence[torch.nn.Module], layout: Layout, start: Start, *, recompute: bool) -> None:
+    """Freeze the chunks of a model and give them adapters with these first values; only they can be trained."""
     by_layer: dict[int | None, list[Target]] = {}
-    for target in targets(layout, lora):
+    for target in targets(layout, start.lora):
         by_layer.setdefault(target.placed.layer, []).append(target)
     for chunk in chunks:
         chunk.requires_grad_(False)
         model = unwrapped(chunk)
         for layer in model.decoder.layers:
             for target in by_layer.get(layer.layer_number - 1, []):
-                _adapt(layer.get_submodule(target.module), layout, target, lora, seed)
+                _adapt(layer.get_submodule(target.module), layout, target, start)
         if recompute and model.pre_process:  # megatron-core's recomputed layers learn only if their input asks for it
             model.embedding.register_forward_hook(_ask_for_gradients)
 
@@ -127,22 +125,26 @@ def _ask_for_gradients(module: Any, args: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
-def _adapt(linear: Any, layout: Layout, target: Target, lora: Lora, seed: int) -> None:
+def _adapt(linear: Any, layout: Layout, target: Target, start: Start) -> None:
     """Make a linear layer one with an adapter (its class changes, as torch's parametrizations do it)."""
     kind = _ADAPTED.get(type(linear))
     assert kind is not None and not getattr(linear, "gather_output", False), f"{target.module}: {type(linear)}"
-    core, (rows, columns) = target.placed.rule.core, layout.packed(target.placed)[0]
+    core, ((rows, columns), blocks) = target.placed.rule.core, layout.packed(target.placed)
     size, rank = linear.tp_group.size(), linear.tp_group.rank()
     cut = cut_of(core, linear.config.gated_linear_unit, size)
     held = regions(cut, rows, columns, rank, size)
-    whole = [first_a(name, lora.rank, columns, seed) for name in target.names()]
+    found = {part: torch.zeros(rows, start.lora.rank) for part in range(len(target.placed.hf))}
+    for part, name in zip(target.parts, target.names(), strict=True):
+        found[part] = start.b(name, sum(block.rows for block in blocks if block.part == part))
+    left = torch.cat([found[b.part][b.start : b.start + b.rows] for b in blocks])
+    right = torch.cat([start.a(name, columns) for name in target.names()])
     parts = torch.tensor(part_of_rows(layout, target.placed))
     mine = torch.cat([parts[r.row : r.row + r.rows] for r in held])
     linear.__class__ = kind
-    linear.lora, linear.halves = lora, cut == HALVES
+    linear.lora, linear.halves = start.lora, cut == HALVES
     like = linear.weight
-    linear.lora_A = _parameter(_columns(torch.cat(whole), held[0]), like)
-    linear.lora_B = _parameter(torch.zeros(len(mine), lora.rank), like)
+    linear.lora_A = _parameter(_columns(right, held[0]), like)
+    linear.lora_B = _parameter(torch.cat([left[r.row : r.row + r.rows] for r in held]), like)
     mask = (mine[:, None] == torch.tensor(target.parts)).to(like)[..., None]  # [out, parts, 1]
     linear.register_buffer("lora_mask", None if mask.all() else mask, persistent=False)
     for name in (A, B) if size > 1 else ():

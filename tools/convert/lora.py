@@ -22,8 +22,6 @@ from megapatch.tools.convert.plan import Delta, Literal, LowRank, Plan
 from megapatch.tools.convert.source import Source, choose_dtype, kind_of
 from megapatch.tools.convert.to_hf import Weight, file_of
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."  # in peft's names, before Hugging Face's
 _KINDS = (lora.A, lora.B)
 
 
@@ -123,9 +121,9 @@ def plan(adapters: Adapters, dtype: str) -> Plan:
     """The copy list that makes a folder for peft."""
     made = Plan(notes=[f"adapters of rank {adapters.lora.rank} for {adapters.base['path']}"])
     weights = {w.name: w for target in adapters.targets for w in _weights(adapters, target, dtype)}
-    made.entries += file_of(WEIGHTS, weights, list(weights))
+    made.entries += file_of(lora.PEFT_WEIGHTS, weights, list(weights))
     text = json.dumps(_config(adapters), indent=2) + "\n"
-    made.entries.append(Literal(CONFIG, 0, text.encode()))
+    made.entries.append(Literal(lora.PEFT_CONFIG, 0, text.encode()))
     return made.finish()
 
 
@@ -143,7 +141,7 @@ def _weights(adapters: Adapters, target: Target, dtype: str) -> Iterator[Weight]
             lora.B: b.take([region for _, region in sorted(taken[part])]),
         }
         for kind, matrix in parts.items():
-            full = f"{_PREFIX}{name}.{kind}.weight"
+            full = lora.peft_name(name, kind)
             yield Weight(full, choose_dtype(dtype, matrix, full), (matrix.rows, matrix.columns), matrix)
 
 
