@@ -21,13 +21,14 @@ from megapatch.models.family import HfConfig
 from megapatch.models.load import hf_folder, sharded_state
 from megapatch.models.parallel import Parallel
 from megapatch.models.tokenizer import copy_tokenizer, find_tokenizer
-from megapatch.trainer import adapters, optimizer_state
+from megapatch.trainer import adapters, locks, optimizer_state
 from megapatch.trainer.options import TrainOptions
-from megapatch.trainer.ranks import together, warn
+from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.session import Session
 
 log = logging.getLogger(__name__)
 CONTENT = {"singleton_local_shards": False}  # megatron-core adds to what it is given: pass copies
+STAGED = ".tmp"  # ends the names of checkpoints that are not complete
 # options that decide the order of data
 REMEMBERED = ("seed", "seq_length", "global_batch_size", "train_iters", "data_path", "split", "data", "packing")
 
@@ -75,6 +76,19 @@ def newest(root: Path) -> Path | None:
     if any(root.glob(f"iter_{'[0-9]' * 7}")):
         raise UserError(f"{root}: holds checkpoints but no tracker{core_files.older(root)}, or name another --save")
     return None
+
+
+def claim(root: Path, resumed: Path | None) -> None:
+    """Keep other runs out of --save, and remove what one that was killed while saving left (every rank must call)."""
+    with together():
+        if not first():
+            return
+        locks.hold(root)
+        if newest(root) != resumed:
+            raise UserError(f"{root}: another run has saved there since this one started; run again to go on from that")
+        for old in root.glob(f"iter_*{STAGED}"):
+            log.info("%s: of a save that was cut off; removed", old)
+            shutil.rmtree(old)
 
 
 def refuse_other_model(given: Path, resumed: Path) -> None:

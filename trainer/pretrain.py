@@ -46,6 +46,7 @@ def train(options: TrainOptions, kind: "Kind") -> None:
 
     signals.listen()
     from megapatch.models import device, parallel
+    from megapatch.trainer import locks
     from megapatch.trainer.ranks import first, naming_lost_peers, told_once_per_node
     from megapatch.trainer.watchdog import watching
 
@@ -70,6 +71,7 @@ def train(options: TrainOptions, kind: "Kind") -> None:
             records.close()
     finally:
         parallel.stop()
+        locks.release(options.save)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,7 @@ def prepare(options: TrainOptions, device: "Device", plan: Plan, kind: Kind | No
     from megapatch.trainer import checkpoint, session
 
     run_state = session.start(options, device, plan.hf, load=plan.resumed is None)
+    checkpoint.claim(options.save, plan.resumed)
     if plan.resumed is not None:
         checkpoint.resume(run_state, plan.resumed)
         log.info("resuming from %s", plan.resumed)

@@ -5,7 +5,6 @@ seals the folder, renames it, and moves the tracker. Between them, and nowhere e
 their main threads: ``latest`` moves only when all is durable on all ranks.
 """
 
-import logging
 import os
 import queue
 import shutil
@@ -23,13 +22,12 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megapatch.models import commit, core_files
+from megapatch.models.cli import UserError
 from megapatch.trainer import adapters, disk
-from megapatch.trainer.checkpoint import CONTENT, Source, layout, state
+from megapatch.trainer.checkpoint import CONTENT, STAGED, Source, layout, state
 from megapatch.trainer.ranks import first, together
 from megapatch.trainer.session import Session
 
-log = logging.getLogger(__name__)
-STAGED = ".tmp"
 BYTES_PER_PARAMETER = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}  # weight, master, moments
 T = TypeVar("T")
 
@@ -75,10 +73,10 @@ class Saving:
         self.about |= adapters.described(session.options, session.base)
         with together(), disk.naming(self.target, self.needed_bytes):
             if first():
-                clean(session.options.save)
+                commit.remove(self.stage)  # of a save that failed
                 self.stage.mkdir(parents=True)
                 self._check_room()
-        with self._naming_failures():
+        with self._cleaning(), self._naming_failures():
             self.request = _request(session, self.stage)
         request = snapshot(self.request) if beside else self.request
         self.writing: Task[dict[str, str]] | None = Task(lambda: write(request))
@@ -95,15 +93,16 @@ class Saving:
         start = time.perf_counter()
         if self.complete:
             return True
-        if self.writing:
-            self._gather(self.writing)
-            self.writing = None
-            self.finishing = Task(self._finish) if first() else None
-        else:
-            with together(), disk.naming(self.target, self.needed_bytes):
-                if self.finishing:
-                    self.finishing.result()
-            self.complete = True
+        with self._cleaning():
+            if self.writing:
+                self._gather(self.writing)
+                self.writing = None
+                self.finishing = Task(self._finish) if first() else None
+            else:
+                with together(), disk.naming(self.target, self.needed_bytes):
+                    if self.finishing:
+                        self.finishing.result()
+                self.complete = True
         self.held_s += time.perf_counter() - start
         return self.complete
 
@@ -135,6 +134,15 @@ class Saving:
             raise disk.full(self.stage.parent, "disk full", self.needed_bytes, self.stage.parent)
 
     @contextmanager
+    def _cleaning(self) -> Iterator[None]:
+        """Leave nothing of a save that failed, on a disk that may be full."""
+        try:
+            yield
+        except UserError:  # on rank 0, when all have heard of it
+            shutil.rmtree(self.stage, ignore_errors=True)
+            raise
+
+    @contextmanager
     def _naming_failures(self) -> Iterator[None]:
         """Turn megatron-core's and torch's reports of files that could not be written into one line."""
         try:
@@ -160,13 +168,6 @@ class Saving:
             older = [path for path in sorted(target.parent.glob("iter_" + "[0-9]" * 7)) if path.name <= target.name]
             for old in older[: -options.keep]:
                 shutil.rmtree(old)
-
-
-def clean(root: Path) -> None:
-    """Remove what a run that was killed while it saved has left."""
-    for old in root.glob(f"iter_*{STAGED}"):
-        log.info("%s: of a save that was cut off; removed", old)
-        shutil.rmtree(old)
 
 
 def _request(session: Session, stage: Path) -> AsyncRequest:

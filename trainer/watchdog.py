@@ -186,7 +186,7 @@ class Watchdog:
         path = self.folder / f"rank-{self.mine.rank}.txt"
         with path.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(2, all_threads=True)
         line = f"{self.prog}[{self.mine.rank}]: error: watchdog: {self.verdict}; stacks are in {path}"
         print(line, file=sys.__stderr__, flush=True)
         tell_torchrun(line)
@@ -207,7 +207,8 @@ def watching(options: Any) -> Iterator[None]:
     if not options.watchdog_s or dist.get_world_size() == 1:
         yield
         return
-    store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
+    default: Any = dist.distributed_c10d._get_default_store()
+    store = dist.PrefixStore("watchdog", default.clone())
     place = {"limit_s": options.watchdog_s, "folder": options.save / STACKS, "prog": options.tool}
     dog = Watchdog(store, dist.get_rank(), dist.get_world_size(), **place)
     dist.barrier()  # all have told of themselves
