@@ -18,6 +18,7 @@ from megapatch.models.packed_rows import Conversations, PackedRows
 ALL = f"--data-path {{}}/chats --global-batch-size {ROWS}"  # each step meets every conversation once
 HALF = f"--data-path {{}}/chats --global-batch-size {ROWS // 2}"
 WEIGHTED = f"--data-path {{}}/weighted --global-batch-size {ROWS}"
+SOURCES = "--data-path {}/chats {}/more --global-batch-size 4"
 SEQUENCE = "--loss-normalisation sequence"
 LAYOUTS = {  # of two processes: name -> (model, arguments, the case of one process that it equals)
     "DP2": ("dense", ALL, "packed"),
@@ -32,6 +33,10 @@ LAYOUTS = {  # of two processes: name -> (model, arguments, the case of one proc
     "PP2 sequence, recomputed": ("dense", f"{WEIGHTED} {SEQUENCE} --pp 2 --recompute full", "sequence"),
     "EP2 of experts": ("experts", f"{ALL} --ep 2", "experts"),
     "DP2 of the order": ("dense", HALF, "order"),
+    "DP2 sources": ("dense", SOURCES, "two sources"),
+    "PP2 sources": ("dense", f"{SOURCES} --pp 2", "two sources"),
+    "TP2 sources": ("dense", f"{SOURCES} --tp 2", "two sources"),
+    "CP2 padded sources": ("dense", f"{SOURCES} --no-packing --cp 2", "two sources padded"),
 }
 
 
@@ -42,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sft_runs.tokenizer(made)
     sft_runs.filling(made, "chats")
     sft_runs.filling(made, "weighted", weighted=True)
+    sft_runs.data(made, "more", sft_runs.chats(20, seed=1))
     sft_runs.model(made, "dense", num_hidden_layers=4)
     sft_runs.model(made, "experts", "qwen3_moe")
     return made
@@ -68,6 +74,8 @@ def alone(folder: Path) -> dict[str, list[dict]]:
         "sequence padded": f"{padded(folder, 'weighted')} {SEQUENCE}",
         "order": HALF,
         "lines": f"--data {{}}/chats.jsonl --workers 1 --global-batch-size {ROWS // 2}",
+        "two sources": SOURCES,
+        "two sources padded": f"{SOURCES} --no-packing",
         "blend": "--data-path 3 {}/chats 1 {}/weighted --global-batch-size 4 "
         "--valid-data-path {}/weighted --eval-interval 4 --eval-iters 2",
     }
@@ -186,6 +194,19 @@ def test_the_log_says_what_was_trained(folder: Path, alone: dict[str, list[dict]
     assert math.isclose(first["fill"], counts["tokens"] / (ROW * ROWS))
     of = events(alone["blend"], "train")[0]["trained_tokens_of"]
     assert list(of) == [str(folder / "chats"), str(folder / "weighted")] and of[str(folder / "chats")] > 0
+
+
+def test_losses_are_told_by_source(folder: Path, alone: dict[str, list[dict]], pairs: dict[str, list[dict]]) -> None:
+    """Two rows of each set: the loss is their mean by trained tokens, and those of two processes are the same."""
+    first = events(alone["two sources"], "train")[0]
+    losses, counts = first["loss_of"], first["trained_tokens_of"]
+    assert list(losses) == [str(folder / "chats"), str(folder / "more")]
+    mean = sum(losses[name] * counts[name] for name in losses) / sum(counts.values())
+    assert abs(mean - first["loss"]) <= 1e-6 and len({round(loss, 3) for loss in losses.values()}) == 2
+    for layout in ("DP2 sources", "CP2 padded sources", "PP2 sources", "TP2 sources"):
+        one = "two sources padded" if "padded" in layout else "two sources"
+        for a, b in zip(events(alone[one], "train"), events(pairs[layout], "train"), strict=True):
+            assert all(abs(a["loss_of"][name] - b["loss_of"][name]) <= 1e-5 for name in losses)
 
 
 def expected(folder: Path, name: str, normalisation: str) -> tuple[float, float]:

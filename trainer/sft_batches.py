@@ -1,6 +1,7 @@
 """One rank's share of a global batch of conversations as tensors, and what is counted over all ranks."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,28 @@ def token_weights(row: Row, normalisation: str) -> tuple[np.ndarray, float]:
     return (mask / np.repeat(each, np.diff(row.cu_seqlens))).astype(np.float32), float((sums > 0).sum())
 
 
+class BySource:
+    """Losses by the set that a token is of: sums of weight x loss and of weights, float64 [2, sets]."""
+
+    def __init__(self, names: list[str], device: torch.device) -> None:
+        self.names = names
+        self.sums = torch.zeros((2, len(names)), dtype=torch.float64, device=device)
+
+    def watch(self, source: Tensor, output: Tensor, mask: Tensor) -> None:
+        """Take in the token losses of a forward pass, their weights and their sets, all [b, s]."""
+        if parallel_state.get_tensor_model_parallel_rank() == 0:  # the others hold the same
+            weights = mask.double().flatten()
+            for part, values in zip(self.sums, (output.double().flatten() * weights, weights), strict=True):
+                part.index_add_(0, source.flatten(), values)
+
+    def means(self) -> dict[str, float]:
+        """The mean of each set that was met (collective)."""
+        found = self.sums.clone()
+        torch.distributed.all_reduce(found)
+        totals, weights = found.tolist()
+        return {name: total / weight for name, total, weight in zip(self.names, totals, weights, strict=True) if weight}
+
+
 class GlobalBatch:
     """This rank's micro-batches of the samples from ``first`` on, as often as called; every rank must make one."""
 
@@ -39,8 +62,10 @@ class GlobalBatch:
         starts = range(first + rank * width, first + options.global_batch_size, size * width)
         samples = [[blend[i] for i in range(start, start + width)] for start in starts]
         self.passes = [[row for _, row in some] for some in samples]
+        self.which = [[which for which, _ in some] for some in samples]
+        self.losses = BySource(blend.names, device)
         self.weights = [[token_weights(row, options.loss_normalisation) for row in rows] for rows in self.passes]
-        self._count(blend, [which for some in samples for which, _ in some])
+        self._count(blend, [which for some in self.which for which in some])
         for start, rows in zip(starts, self.passes, strict=True):
             largest = max(int(row.tokens.max()) for row in rows)
             if largest >= vocab_size:
@@ -64,28 +89,33 @@ class GlobalBatch:
 
     @property
     def said(self) -> dict[str, Any]:
-        """For the log of a step."""
+        """For the log of a step, after it (collective)."""
         options = self.options
         fill = self.counts["tokens"] / (options.global_batch_size * options.seq_length)
         found: dict[str, Any] = {name: round(self.counts[name]) for name in ("trained_tokens", "conversations")}
         found["fill"] = fill
-        return found | ({"trained_tokens_of": self.sources} if len(self.sources) > 1 else {})
+        if len(self.sources) > 1:
+            found |= {"trained_tokens_of": self.sources, "loss_of": self.losses.means()}
+        return found
 
     def __call__(self) -> Iterator[dict[str, Any]]:
-        for rows, weights in zip(self.passes, self.weights, strict=True):
-            batch = self._packed(rows, weights) if self.options.packing else self._padded(rows, weights)
-            yield batch | {"weighing": self._weighing(batch["tokens"])}
+        for rows, weights, which in zip(self.passes, self.weights, self.which, strict=True):
+            fields = _fields(rows, weights, which)
+            batch = self._packed(rows, fields) if self.options.packing else self._padded(fields)
+            source = batch.pop("source")
+            yield batch | {"weighing": self._weighing(batch["tokens"], source)}
 
-    def _weighing(self, tokens: Tensor) -> dict[str, Any]:
+    def _weighing(self, tokens: Tensor, source: Tensor) -> dict[str, Any]:
         """What trainer.step scales by: megatron-core divides by the places of the global batch, we by its weights."""
         places = self.options.global_batch_size * self.options.seq_length
         weight = self.counts["weight"]
         return {
             "scale": places / weight if weight else 0.0,
             "count": torch.tensor(tokens.numel(), dtype=torch.int, device=self.device),
+            "watch": partial(self.losses.watch, source) if len(self.sources) > 1 else None,
         }
 
-    def _packed(self, rows: list[Row], weights: list[tuple[np.ndarray, float]]) -> dict[str, Any]:
+    def _packed(self, rows: list[Row], fields: dict[str, list[np.ndarray]]) -> dict[str, Any]:
         """Rows joined into one, [1, rows x s/cp], with the boundaries of their conversations."""
         starts = np.arange(len(rows), dtype=np.int32) * self.options.seq_length
         inner = [row.cu_seqlens[1:] + start for row, start in zip(rows, starts, strict=True)]
@@ -93,22 +123,21 @@ class GlobalBatch:
         places: Any = slice(None)
         if self.options.cp > 1:
             places = share_of_rank(bounds, parallel_state.get_context_parallel_rank(), self.options.cp)
-        batch = {
-            name: self._tensor(np.concatenate(parts)[places])[None] for name, parts in _fields(rows, weights).items()
-        }
+        batch = {name: self._tensor(np.concatenate(parts)[places])[None] for name, parts in fields.items()}
         ends, longest = self._tensor(bounds), max(row.max_seqlen for row in rows)
         return batch | {"packed": PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)}
 
-    def _padded(self, rows: list[Row], weights: list[tuple[np.ndarray, float]]) -> dict[str, Any]:
+    def _padded(self, fields: dict[str, list[np.ndarray]]) -> dict[str, Any]:
         """One conversation a row, [rows, s/cp]."""
-        batch = {name: self._tensor(np.stack(parts)) for name, parts in _fields(rows, weights).items()}
+        batch = {name: self._tensor(np.stack(parts)) for name, parts in fields.items()}
         return get_batch_on_this_cp_rank(batch)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
 
 
-def _fields(rows: list[Row], weights: list[tuple[np.ndarray, float]]) -> dict[str, list[np.ndarray]]:
-    """Each of FIELDS of every row."""
+def _fields(rows: list[Row], weights: list[tuple[np.ndarray, float]], which: list[int]) -> dict[str, list[np.ndarray]]:
+    """Each of FIELDS of every row, what its tokens count, and the set that it is of."""
     found = {name: [getattr(row, name) for row in rows] for name in FIELDS}
-    return found | {"loss_mask": [mask for mask, _ in weights]}
+    sources = [np.full(len(row.tokens), number) for row, number in zip(rows, which, strict=True)]
+    return found | {"loss_mask": [mask for mask, _ in weights], "source": sources}

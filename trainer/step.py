@@ -30,13 +30,20 @@ class StepResult:
 
 
 def _loss(
-    loss_mask: Tensor, output: Tensor, *, scale: float = 1.0, count: Tensor | None = None
+    loss_mask: Tensor,
+    output: Tensor,
+    *,
+    scale: float = 1.0,
+    count: Tensor | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token losses [b, s] and their mask -> sum of losses, number of tokens (int32), both for the log [2].
 
     megatron-core divides gradients by the number of tokens of the global batch, an integer. Where tokens have weights,
-    ``count`` is the number instead, and ``scale`` is counts / weights of the global batch.
+    ``count`` is the number instead, and ``scale`` is counts / weights of the global batch. ``watch`` sees both too.
     """
+    if watch is not None:
+        watch(output.detach(), loss_mask)
     total = (output.float() * loss_mask).sum()
     tokens = loss_mask.sum()
     said = torch.stack([total.detach(), tokens])
