@@ -25,6 +25,7 @@ from megapatch.models.family import (
     vocab_size,
 )
 from megapatch.models.layers import prediction, spec
+from megapatch.models.layers.cross_entropy import Model
 from megapatch.models.parallel import Parallel
 
 Precision = Literal["fp32", "bf16"]
@@ -88,7 +89,7 @@ def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage
     if longest and length and length > longest:
         raise UserError(f"--seq-length {length} is longer than max_position_embeddings of config.json, {longest}")
     vocab, kind, modules = vocab_size(hf), positions(hf), spec.resolve(find(hf).modules(hf))
-    model = GPTModel(
+    model = Model(
         config,
         spec.block_spec(config, modules, options.device.transformer_engine, stage),
         vocab_size=padded_vocabulary(vocab, options.parallel.tp),

@@ -36,7 +36,8 @@ class OverlapOptions:
             "--ddp-bucket-size needs --overlap-grad-reduce; without it gradients are reduced in one piece": (
                 self.ddp_bucket_size is not None and not self.overlap_grad_reduce
             ),
-            f"--ddp-bucket-size {self.ddp_bucket_size}: must be at least 1": (self.ddp_bucket_size or 1) < 1,
+            f"--ddp-bucket-size {self.ddp_bucket_size}: must be at least 1": self.ddp_bucket_size is not None
+            and self.ddp_bucket_size < 1,
             "--tp-comm-overlap needs --tp above 1 and --sequence-parallel": (
                 self.tp_comm_overlap and not parallel.sequence_parallel
             ),

@@ -53,7 +53,9 @@ class RecomputeOptions:
             "--recompute-layers and --recompute-unit: give one": (
                 self.recompute_layers is not None and self.recompute_unit != 1
             ),
-            f"--recompute-layers {self.recompute_layers}: must be at least 1": (self.recompute_layers or 1) < 1,
+            f"--recompute-layers {self.recompute_layers}: must be at least 1": (
+                self.recompute_layers is not None and self.recompute_layers < 1
+            ),
             f"--recompute-unit {self.recompute_unit}: must be at least 1": self.recompute_unit < 1,
         }
         for message in (text for text, wrong in refused.items() if wrong):

@@ -20,12 +20,12 @@ from megapatch.models.cli import UserError
 from megapatch.models.device import Device, seed_everything
 from megapatch.models.family import HfConfig, find
 from megapatch.models.held import plain
-from megapatch.models.layers import spec
+from megapatch.models.layers import backends, spec
 from megapatch.models.load import load_weights
 from megapatch.models.shapes import num_parameters
 from megapatch.trainer import adapters, experts, optimizer_state
 from megapatch.trainer.options import TrainOptions
-from megapatch.trainer.ranks import together, warn
+from megapatch.trainer.ranks import first, together, warn
 
 log = logging.getLogger(__name__)
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}  # ours: megatron-core's
@@ -76,6 +76,7 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
     if (load or options.lora) and options.model is not None:
         _load(models, options.model, hf)
     base = adapters.add(models, hf, options)
+    _tell_attention(backends.choose(models[0].config, models, layers))
     config: TransformerConfig = models[0].config
     chunks = [_wrap(options, config, model, first=i == 0) for i, model in enumerate(models)]
     optimizer = get_megatron_optimizer(
@@ -84,6 +85,14 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
     optimizer_state.allocate(optimizer)
     _connect(config, chunks, optimizer, options)
     return Session(options, device, hf, config, chunks, optimizer, _schedule(options, optimizer), base=base)
+
+
+def _tell_attention(choice: backends.Choice) -> None:
+    """Log the attention backend and why it is that; without a fused kernel a warning."""
+    if not choice.fused:
+        warn(log, "attention: %s: it builds all scores, [s, s] per head (%s)", choice.name, choice.reason)
+    elif first():
+        log.info("attention: %s (%s)", choice.name, choice.reason)
 
 
 def _load(models: list[torch.nn.Module], source: Path, hf: HfConfig) -> None:
@@ -144,14 +153,15 @@ def optimizer_config(options: TrainOptions) -> OptimizerConfig:
 def _wrap(
     options: TrainOptions, config: TransformerConfig, model: torch.nn.Module, first: bool
 ) -> DistributedDataParallel:
-    on_gloo = options.use_distributed_optimizer and torch.distributed.get_backend() == "gloo"
+    on_gloo = torch.distributed.get_backend() == "gloo"  # whose reduce-scatter sends all to everyone
+    by_exchange = on_gloo and options.use_distributed_optimizer and options.overlap_grad_reduce
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap_grad_reduce,
         overlap_param_gather=options.overlap_param_gather,
         use_distributed_optimizer=options.use_distributed_optimizer,
         bucket_size=options.ddp_bucket_size,
-        reduce_scatter_with_fp32_accumulation=on_gloo,  # by all-to-all: gloo's reduce-scatter sends all to everyone
+        reduce_scatter_with_fp32_accumulation=by_exchange,
     )
     return DistributedDataParallel(config, ddp, model, disable_bucketing=not first)
 

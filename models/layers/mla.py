@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -46,11 +47,15 @@ class LatentNorm(RMSNorm):
 
 
 class LatentCoreAttention(SdpaAttention):
-    """Values of another head size than queries and keys, which flash-attn does not take."""
+    """Values of smaller heads than queries and keys: widened by zeros, as fused kernels take one size only."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.flash = None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
+        wide = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
+        return super()._attend(q, k, wide, visible, causal)[..., : v.shape[-1]]
 
 
 class LatentAttention(MLASelfAttention):
