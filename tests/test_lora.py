@@ -13,6 +13,7 @@ from trainer_runs import arguments, corpus, error, events, launch, model, steps
 from transformers import AutoModelForCausalLM
 
 from megapatch.tools.convert.convert import main as convert
+from megapatch.tools.convert.inspect_checkpoint import main as inspect
 from megapatch.trainer.pretrain import main
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -228,6 +229,13 @@ def test_training_starts_from_an_adapter_of_peft(
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[key], after[key], rtol=0, atol=1e-20) for key in before)
     assert any(value.abs().max() > 1e-4 for key, value in after.items() if "lora_B" in key)
+
+
+def test_adapters_are_inspected_as_complete(folder: Path, alone: dict[str, dict], capfd: pytest.CaptureFixture) -> None:
+    assert inspect(["--json", str(folder / "runs" / "all")]) == 0
+    said = json.loads(capfd.readouterr().out)
+    assert said["verdict"] == {"complete": True, "verified": True, "safe": True}
+    assert f"adapters of rank 4 for {folder / 'dense'}" in said["notes"]
 
 
 REFUSED = {  # what: (arguments of mp-pretrain, exit status, part of the message)
