@@ -47,10 +47,13 @@ def train(options: TrainOptions, kind: "Kind") -> None:
     signals.listen()
     from megapatch.models import device, parallel
     from megapatch.trainer import locks
+    from megapatch.trainer.overlap import connections
     from megapatch.trainer.ranks import first, naming_lost_peers, told_once_per_node
     from megapatch.trainer.watchdog import watching
 
+    queues, why = connections(options)
     with told_once_per_node():
+        told = device.set_connections(queues)  # before the GPU is used
         found = device.start("auto" if options.dry_run else options.device)  # a plan may be for another machine
         plan = make_plan(options, kind)
         described = plan.describe(options, found)
@@ -63,6 +66,8 @@ def train(options: TrainOptions, kind: "Kind") -> None:
         log.info("%s: all %d steps are done; nothing to do", options.save, options.train_iters)
         return
     log.info("device: %s, %s (%s)", found.kind, found.backend, found.reason)
+    if found.backend == "nccl":
+        log.info("%s (%s)", told, why)
     try:
         with naming_lost_peers():
             trainer, records = prepare(options, found, plan, kind)
