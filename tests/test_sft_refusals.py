@@ -1,7 +1,12 @@
 """What mp-sft refuses: one line that says what, where, and what to do, before anything is built."""
 
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,8 +14,10 @@ import sft_runs
 from chat_data import write
 from data_pairs import write_pair
 
-from megapatch.trainer import sft_cache
+from megapatch.models import cli
+from megapatch.trainer import sft_cache, signals
 from megapatch.trainer.sft import main
+from megapatch.trainer.sft_options import SftOptions
 
 HERE = "--data-path {}/chats --global-batch-size 2"
 REFUSED = {  # arguments -> what is said
@@ -64,9 +71,6 @@ def test_it_is_refused_in_one_line(folder: Path, capfd: pytest.CaptureFixture[st
 
 
 def test_lines_are_read_once_and_anew_when_they_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megapatch.models import cli
-    from megapatch.trainer.sft_options import SftOptions
-
     lines = write(folder / "fresh.jsonl", sft_runs.chats(3))
     words = sft_runs.arguments(folder, "dense", "cached", f"--data {lines} --global-batch-size 2 --workers 1")
     options = cli.parser(SftOptions, prog="mp-sft").parse_args(words)
@@ -85,3 +89,26 @@ def test_a_dry_run_shows_the_plan_and_reads_no_lines(folder: Path, capfd: pytest
     assert main(sft_runs.arguments(folder, "dense", "dry", words)) == 0
     assert json.loads(capfd.readouterr().out)["options"]["loss_normalisation"] == "token"
     assert not (folder / "dry").exists()
+
+
+def test_a_signal_while_lines_are_read_is_passed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = sft_runs.arguments(folder, "dense", "signal", "--data {}/chats.jsonl --global-batch-size 2")
+    words += ["--requeue-file", str(folder / "requeue")]
+    options = cli.parser(SftOptions, prog="mp-sft").parse_args(words)
+    slow = "import signal, time; signal.signal(15, lambda *_: exit(130)); print(flush=True); time.sleep(60)"
+    monkeypatch.setattr(sft_cache, "PREPROCESS", [sys.executable, "-c", slow])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    signals.listen()
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    begin = time.monotonic()
+    try:
+        with pytest.raises(cli.UserError, match="signal 15: left while"):
+            sft_cache.make(options, [str(folder / "chats.jsonl")], folder / "dense")
+    finally:
+        timer.join()
+        signals.forget()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert time.monotonic() - begin < 30
+    assert (folder / "requeue").exists()

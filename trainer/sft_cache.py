@@ -20,15 +20,20 @@ PREPROCESS = [sys.executable, "-m", "megapatch.tools.preprocess.preprocess_chat"
 TEMPLATES = ("chat_template*", "tokenizer*", "special_tokens_map.json", "additional_chat_templates/*")
 
 
+def refuse_missing(files: list[str]) -> None:
+    """UserError where a file of conversations is not there."""
+    for path in map(Path, files):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file of conversations; --data and --valid-data take files of JSON lines")
+
+
 def prefix_for(options: SftOptions, files: list[str], tokenizer: Path) -> Path:
     """Where the data made of these files lie: named by what decides their content."""
     said = {name: getattr(options, name) for name in READING if name != "workers"}
     template = Path(options.template) if options.template else None
     named = [template] if template and template.is_file() else []
     about = sorted(path for pattern in TEMPLATES for path in tokenizer.glob(pattern) if path.is_file())
-    for path in map(Path, files):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file of conversations; --data and --valid-data take files of JSON lines")
+    refuse_missing(files)
     contents = [digest(path) for path in (*map(Path, files), *about, *named)]
     key = xxhash.xxh3_128_hexdigest(json.dumps([contents, said, options.seq_length]).encode())
     return options.save / "data-cache" / f"chats-{key}"
@@ -43,6 +48,8 @@ def make(options: SftOptions, files: list[str], tokenizer: Path) -> Path:
     log.info("%s: through the chat template, into %s", " ".join(files), prefix)
     status = _run([*PREPROCESS, *_arguments(options, files, tokenizer, prefix)])
     if signals.asked():
+        if options.requeue_file:  # what is read so far is kept
+            options.requeue_file.touch()
         raise UserError(f"signal {signals.asked()}: left while {' '.join(files)} was read; run again to go on")
     if status:
         raise UserError(f"{' '.join(files)}: mp-preprocess-chat ended with status {status}; it said why above")

@@ -16,7 +16,7 @@ from megapatch.models.packing import Plan, document_lengths, pack, plan_path, re
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.trainer.data import parse_blend
 from megapatch.trainer.ranks import first, together, warn
-from megapatch.trainer.sft_cache import make, prefix_for
+from megapatch.trainer.sft_cache import make, prefix_for, refuse_missing
 from megapatch.trainer.sft_options import SftOptions
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def check_data(options: SftOptions, tokenizer: Tokenizer, vocab_size: int) -> No
         groups, _, direct = _named(options, part)
         if direct and (options.dry_run or not first()):
             for files in groups:
-                prefix_for(options, files, tokenizer.folder)
+                refuse_missing(files)
             continue
         prefixes = [str(make(options, files, tokenizer.folder)) for files in groups] if direct else _flat(groups)
         for prefix in prefixes:
