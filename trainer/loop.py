@@ -11,6 +11,7 @@ import torch
 from megapatch.models.cli import UserError
 from megapatch.trainer import checkpoint, signals
 from megapatch.trainer.metrics import Log
+from megapatch.trainer.progress import Progress
 from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.sample_places import Samples, shown
 from megapatch.trainer.saving import Saving
@@ -45,6 +46,7 @@ class Trainer:
         self.train, self.valid, self.eval_steps = train, valid, eval_steps
         self.bad_steps = 0
         self.saved_step = session.step
+        self.progress = Progress(session.options, session.device, session.step)
 
     def run(self) -> None:
         """Train until --train-iters, or until a signal asks to stop; the state is saved at the end."""
@@ -64,6 +66,7 @@ class Trainer:
                 self.save(beside=options.async_save and session.step < options.train_iters)
         self.save()
         self.records.write("end", step=session.step, reason=reason, consumed_samples=session.consumed_samples)
+        self.progress.close()
         if options.requeue_file and session.step < options.train_iters and first():
             options.requeue_file.touch()
 
@@ -72,7 +75,8 @@ class Trainer:
         note(f"in step {session.step + 1}")
         start = time.perf_counter()
         lr = session.optimizer.param_groups[0]["lr"]
-        result = train_step(session, self.train(session.consumed_samples), self.count)
+        with self.progress.profiler.around(session.step + 1):
+            result = train_step(session, self.train(session.consumed_samples), self.count)
         session.device.synchronize()
         seconds = time.perf_counter() - start
         session.step += 1
@@ -109,6 +113,7 @@ class Trainer:
     def _record(self, result: StepResult, seconds: float, lr: float) -> None:
         session = self.session
         tokens_per_s = result.tokens / seconds
+        tflops = tokens_per_s * self.flops_per_token / 1e12
         fields: dict[str, Any] = {
             "step": session.step,
             "loss": result.loss,
@@ -116,24 +121,13 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "step_s": seconds,
             "tokens_per_s": tokens_per_s,
-            "tflops": tokens_per_s * self.flops_per_token / 1e12,
+            "tflops": tflops,
             "consumed_samples": session.consumed_samples,
-            "peak_memory_bytes": session.device.peak_memory_bytes(),
+            **self.progress.measures(session.step, tflops),
             **result.extra,
         }
         self.records.write("train", **fields)
-        if session.step % session.options.log_interval == 0 or session.step == session.options.train_iters:
-            self._talk(fields)
-
-    def _talk(self, fields: dict[str, Any]) -> None:
-        total = self.session.options.train_iters
-        left = (total - fields["step"]) * fields["step_s"]
-        norm = "-" if fields["grad_norm"] is None else f"{fields['grad_norm']:.3f}"
-        log.info(
-            f"step {fields['step']}/{total}  loss {fields['loss']:.4f}  lr {fields['lr']:.3g}  norm {norm}  "
-            f"{fields['tokens_per_s']:,.0f} tokens/s  {fields['tflops']:.3g} TFLOP/s  "
-            f"left {int(left // 3600)}:{int(left // 60 % 60):02d}:{int(left % 60):02d}"
-        )
+        self.progress.tell(fields)
 
     def evaluate(self) -> None:
         """Log the mean loss of the first global batches of the validation split; not if a signal cuts it short."""
