@@ -18,6 +18,7 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol", "sque
 CONF = """ClusterName=loopback
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 AuthType=auth/munge
 AuthInfo=cred_expire=10,socket={folder}/munge/socket
 SlurmUser=root
@@ -115,11 +116,13 @@ class Cluster:
 
 @contextmanager
 def slurm(folder: Path) -> Iterator[Cluster]:
-    """A cluster with its own munge, so that several run side by side."""
+    """A cluster with its own munge, ports and numbers of jobs, so that several run side by side."""
     for name in ("state", "spool-n1", "spool-n2", "munge"):
         (folder / name).mkdir(parents=True)
-    port, node1, node2 = free_ports(3)
-    (folder / "slurm.conf").write_text(CONF.format(folder=folder, port=port, node1=node1, node2=node2))
+    port, node1, node2, first_job = free_ports(4)
+    (folder / "slurm.conf").write_text(
+        CONF.format(folder=folder, port=port, node1=node1, node2=node2, first_job=first_job)
+    )
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
     cluster = Cluster(os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}, {})
     key = folder / "munge" / "key"
@@ -135,6 +138,8 @@ def slurm(folder: Path) -> Iterator[Cluster]:
         cluster.start_node("n2")
         wait_for(lambda: states(cluster.environment) == {"idle"}, "nodes are idle", timeout_s=60)
         yield cluster
+        cluster.output("scancel", "--full", "--user=root")  # what a failed test left
+        cluster.wait_for_end(60)
     finally:
         for process in reversed(cluster.daemons.values()):
             process.terminate()

@@ -3,10 +3,12 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import loopback_slurm
+import psutil
 import pytest
 import slurm_runs
 from loopback_slurm import Cluster, wait_for
@@ -49,10 +51,38 @@ def state(cluster: Cluster, job: str) -> str:
     return shown.split("JobState=")[1].split()[0]
 
 
-def wait_for_step(folder: Path, after: int = 0) -> None:
+def said(folder: Path) -> str:
+    """What all jobs said."""
+    return "\n".join(path.read_text() for path in sorted(folder.glob("*.out")))
+
+
+def wait_in_job(cluster: Cluster, folder: Path, condition: Callable[[list[dict]], bool], what: str) -> None:
+    """Return when the records of the log are as they should be; fail at once where all jobs have ended before."""
+
+    def there() -> bool:
+        ended = not cluster.output("squeue", "--noheader")
+        if (folder / "run" / "log.jsonl").exists() and condition(events(folder)):
+            return True
+        assert not ended, f"ended before {what}: {said(folder)}"
+        return False
+
+    wait_for(there, what, 300)
+
+
+def wait_for_step(cluster: Cluster, folder: Path, after: int = 0) -> None:
     """Return when the log has a step beyond ``after``."""
-    log = folder / "run" / "log.jsonl"
-    wait_for(lambda: log.exists() and max([0, *steps(folder)]) > after, f"a step after {after}", 180)
+    wait_in_job(cluster, folder, lambda log: last_step(log) > after, f"a step after {after}")
+
+
+def last_step(log: list[dict]) -> int:
+    """The last step that the records tell of, 0 before the first."""
+    return ([0] + [record["step"] for record in log if record["event"] == "train"])[-1]
+
+
+def wait_for_end(cluster: Cluster, folder: Path) -> None:
+    """Return when the run is done, and the jobs have ended."""
+    wait_in_job(cluster, folder, lambda log: log[-1].get("reason") == "done", "the end")
+    cluster.wait_for_end(60)
 
 
 def test_shards_of_an_array_are_merged_and_what_depends_on_a_failed_job_is_cancelled(cluster, made, tmp_path):
@@ -66,15 +96,15 @@ def test_shards_of_an_array_are_merged_and_what_depends_on_a_failed_job_is_cance
     printed = cluster.output(*words, str(slurm_runs.SCRIPTS / "chain.sh"), cwd=tmp_path)
     jobs = dict(line.split() for line in printed.splitlines())
     cluster.wait_for_end(100)
-    said = {
+    texts = {
         step: "".join(path.read_text() for path in tmp_path.glob(f"{step}-{job}*.out")) for step, job in jobs.items()
     }
     assert {step: state(cluster, job) for step, job in jobs.items() if step != "preprocess"} == {
         "merge": "COMPLETED",
         "convert": "FAILED",
         "export": "CANCELLED",
-    }, said
-    assert "nowhere" in said["convert"]
+    }, texts
+    assert "nowhere" in texts["convert"]
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"data{suffix}").read_bytes() == (made / f"data{suffix}").read_bytes()
 
@@ -83,10 +113,9 @@ def test_shards_of_an_array_are_merged_and_what_depends_on_a_failed_job_is_cance
 def test_two_nodes_warned_save_queue_again_resume_and_finish(cluster, folder):
     """The warning comes from scancel instead of a time limit of minutes."""
     job = submit(cluster, folder, "pretrain.sbatch", *TWO)
-    wait_for_step(folder)
+    wait_for_step(cluster, folder)
     cluster.output("scancel", "--signal=USR1", job)
-    wait_for(lambda: '"reason": "done"' in (folder / "run" / "log.jsonl").read_text(), "the end", 300)
-    cluster.wait_for_end(60)
+    wait_for_end(cluster, folder)
     assert state(cluster, job) == "COMPLETED"
     check_resumed_run(folder)
 
@@ -94,7 +123,7 @@ def test_two_nodes_warned_save_queue_again_resume_and_finish(cluster, folder):
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_job(cluster, folder):
     job = submit(cluster, folder, "pretrain.sbatch", *TWO)
-    wait_for_step(folder)
+    wait_for_step(cluster, folder)
     (victim,) = cluster.tasks(job, "n2")
     victim.kill()
     cluster.wait_for_end(30)
@@ -107,14 +136,14 @@ def test_a_killed_rank_ends_the_job(cluster, folder):
 def test_a_job_whose_node_dies_is_queued_again_and_resumes_when_the_node_is_back(cluster, folder):
     (folder / "train.args").write_text((folder / "train.args").read_text() + "--save-interval 20\n")
     job = submit(cluster, folder, "pretrain.sbatch", *TWO)
-    wait_for_step(folder, after=45)
+    wait_for_step(cluster, folder, after=45)
     frozen = cluster.lose_node("n2", job)
     wait_for(lambda: state(cluster, job) == "PENDING", "the job is queued again", 120)
     for task in frozen:
-        task.kill()
+        with suppress(psutil.NoSuchProcess):  # Slurm was faster
+            task.kill()
     cluster.start_node("n2")
-    wait_for(lambda: '"reason": "done"' in (folder / "run" / "log.jsonl").read_text(), "the end", 300)
-    cluster.wait_for_end(60)
+    wait_for_end(cluster, folder)
     starts = [record for record in events(folder) if record["event"] == "start"]
     assert starts[0]["resumed_from"] is None and starts[1]["resumed_from"] >= 40 and len(starts) == 2
     assert steps(folder) == list(range(1, STEPS + 1))
@@ -124,14 +153,13 @@ def test_a_job_whose_node_dies_is_queued_again_and_resumes_when_the_node_is_back
 def test_under_torchrun_a_killed_rank_starts_again_within_the_job_which_is_then_warned(cluster, folder):
     (folder / "train.args").write_text((folder / "train.args").read_text() + "--save-interval 20\n")
     job = submit(cluster, folder, "torchrun.sbatch", *TWO)
-    wait_for_step(folder, after=25)
+    wait_for_step(cluster, folder, after=25)
     workers = [task for task in cluster.tasks(job, "n2") if "RANK" in task.environ()]
     os.kill(workers[0].pid, signal.SIGKILL)
-    wait_for(lambda: [r["event"] for r in events(folder)].count("start") == 2, "a second start", 120)
-    wait_for_step(folder, after=max(steps(folder)))
+    wait_in_job(cluster, folder, lambda log: [r["event"] for r in log].count("start") == 2, "a second start")
+    wait_for_step(cluster, folder, after=last_step(events(folder)))
     cluster.output("scancel", "--signal=USR1", job)
-    wait_for(lambda: '"reason": "done"' in (folder / "run" / "log.jsonl").read_text(), "the end", 300)
-    cluster.wait_for_end(60)
+    wait_for_end(cluster, folder)
     starts = [record for record in events(folder) if record["event"] == "start"]
     assert [record["world_size"] for record in starts] == [2, 2, 2]
     assert starts[1]["resumed_from"] in range(20, STEPS, 20)
@@ -160,10 +188,10 @@ def test_the_whole_chain_from_text_to_text(cluster, folder):
     (folder / "cluster.env").write_text("\n".join(lines) + "\n")
     given = ["RUN=.", "CLUSTER_ENV=cluster.env", "DATA=made", "SAVE=run"]
     jobs = cluster.output("env", *given, str(slurm_runs.SCRIPTS / "chain.sh"), cwd=folder).split()[1::2]
-    wait_for_step(folder)
+    wait_for_step(cluster, folder)
     cluster.output("scancel", "--signal=USR1", jobs[3])  # a job that is queued again keeps the others waiting
     cluster.wait_for_end(500)
     ends = {job: state(cluster, job) for job in jobs}
-    assert set(ends.values()) == {"COMPLETED"}, [path.read_text() for path in folder.glob("*.out")]
+    assert set(ends.values()) == {"COMPLETED"}, said(folder)
     assert [r["reason"] for r in events(folder) if r["event"] == "end"] == ["signal 10", "done"]
     assert len((folder / "generated.jsonl").read_text().splitlines()) == 2
