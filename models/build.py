@@ -26,6 +26,7 @@ from megapatch.models.family import (
 )
 from megapatch.models.layers import prediction, spec
 from megapatch.models.layers.cross_entropy import Model
+from megapatch.models.layers.fused import fuse_activations
 from megapatch.models.parallel import Parallel
 
 Precision = Literal["fp32", "bf16"]
@@ -104,6 +105,7 @@ def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage
     if kind == "rope" and not config.multi_latent_attention:
         frequencies = torch.tensor(inverse_frequencies(hf), dtype=torch.float64)
         model.rotary_pos_emb.inv_freq = frequencies.to(torch.float32).to(options.device.torch)
+    fuse_activations(model)
     for adapt in modules.adapt:
         adapt(model, hf)
     if model.post_process:

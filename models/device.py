@@ -4,6 +4,7 @@ Nothing else branches on the kind of device. ``start`` makes megatron-core impor
 importing anything of megatron-core.
 """
 
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -23,6 +24,7 @@ from megapatch.models.cli import UserError
 
 log = logging.getLogger(__name__)
 Kind = Literal["auto", "cpu", "gpu"]
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
@@ -148,11 +150,21 @@ def _cpu(reason: str) -> Device:
         import megatron.core.models.gpt
         import megatron.core.optimizer  # noqa: F401
 
-    from megapatch.models.patches import core_on_cpu
+    from megapatch.models.patches import core_on_cpu, rotary
 
     core_on_cpu.install()
     core_on_cpu.tell_missing_engine()
+    rotary.ROTARY.apply()
+    _keep_freed_memory()
     return Device("cpu", False, False, reason)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep large blocks that are freed: else each new one, as for logits, is paid for page by page again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have none
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def quiet_upstream() -> None:
