@@ -46,7 +46,7 @@ def train(options: TrainOptions, kind: "Kind") -> None:
 
     signals.listen()
     from megapatch.models import device, parallel
-    from megapatch.trainer import locks
+    from megapatch.trainer import disk, locks
     from megapatch.trainer.overlap import connections
     from megapatch.trainer.ranks import first, naming_lost_peers, told_once_per_node
     from megapatch.trainer.watchdog import watching
@@ -69,7 +69,7 @@ def train(options: TrainOptions, kind: "Kind") -> None:
     if found.backend == "nccl":
         log.info("%s (%s)", told, why)
     try:
-        with naming_lost_peers():
+        with naming_lost_peers(), disk.naming(options.save):
             trainer, records = prepare(options, found, plan, kind)
             with watching(options):
                 trainer.run()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from megapatch.models.cli import FAILED, USER_ERRNOS, UserError, tell_torchrun
-from megapatch.trainer import signals
+from megapatch.trainer import disk, signals
 
 
 def first() -> bool:
@@ -49,7 +49,7 @@ def together() -> Iterator[None]:
     """
     import torch.distributed as dist
 
-    problem, status = None, FAILED
+    problem, status = None, FAILED  # of this rank
     try:
         yield
     except UserError as error:
@@ -58,6 +58,7 @@ def together() -> Iterator[None]:
         if error.errno not in USER_ERRNOS:
             raise
         problem = f"{error.filename or 'output'}: {error.strerror}"
+        status = disk.EXIT_STATUS if error.errno in disk.ERRNOS else FAILED
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (problem, status))
     for rank, (text, status) in enumerate(found):

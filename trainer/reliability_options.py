@@ -24,7 +24,7 @@ class ReliabilityOptions(Parallel):
         600.0,
     )
     log_sample_ids: bool = opt(
-        "log which samples each step read, and where in the data they begin (needs the data's order in memory)", False
+        "log which samples each step read over all ranks, of which documents, and from which token on", False
     )
 
     def __post_init__(self) -> None:

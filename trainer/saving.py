@@ -131,7 +131,7 @@ class Saving:
         """Refuse before the first byte what the disk cannot hold."""
         if shutil.disk_usage(self.stage).free < self.needed_bytes:
             self.stage.rmdir()
-            raise disk.full(self.stage.parent, "disk full", self.needed_bytes, self.stage.parent)
+            raise disk.failed(self.stage.parent, "disk full", self.needed_bytes, self.stage.parent)
 
     @contextmanager
     def _cleaning(self) -> Iterator[None]:
@@ -152,7 +152,7 @@ class Saving:
             if not first():
                 raise SystemExit(disk.EXIT_STATUS) from error
             reasons = "; ".join(sorted({str(failure) for failure, _ in error.failures.values()}))
-            raise disk.full(self.stage, f"not written ({reasons})", self.needed_bytes, self.target) from error
+            raise disk.failed(self.stage, f"not written ({reasons})", self.needed_bytes, self.target) from error
 
     def _finish(self) -> None:
         """Seal the staged folder, move it into place, name it in the tracker, and remove what --keep does not keep."""
