@@ -7,13 +7,24 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+    track_moe_metrics,
+)
 from torch import Tensor
 
 from megapatch.models.layers.router import Router
 from megapatch.models.layers.spec import mixture_layers
 
 BALANCING = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}  # upstream's names
+
+
+def forget() -> None:
+    """Drop what megatron-core keeps from earlier uses in this process: a scale, and sums for so many layers."""
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    get_moe_layer_wise_logging_tracker().clear()
 
 
 def routers(models: list[Any]) -> Iterator[Router]:

@@ -11,7 +11,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megapatch.models import core_files, parallel
@@ -66,7 +65,7 @@ class Session:
 def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) -> Session:
     """Join the process groups and build the run; with ``load`` or adapters, with the weights of --model."""
     parallel.start(options, device, timeout_s=options.timeout_s)
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # megatron-core keeps it from earlier uses in this process
+    experts.forget()
     seed_everything(options.seed, parallel_state.get_pipeline_model_parallel_rank())
     layers = replace(device, transformer_engine=False) if options.lora else device  # adapters go beside core's own
     with together():
