@@ -94,6 +94,7 @@ def test_fp8_is_what_megatron_core_calls_it() -> None:
         ("--overlap-grad-reduce --ddp-bucket-size 0", "must be at least 1"),
         ("--tp 2 --tp-comm-overlap", "--tp-comm-overlap needs --tp above 1 and --sequence-parallel"),
         ("--overlap-param-gather", "needs --use-distributed-optimizer"),
+        ("--etp 2", "--etp 2: above --tp 1"),
     ],
 )
 def test_options_without_effect_are_refused(words: str, reason: str) -> None:
