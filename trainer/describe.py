@@ -101,11 +101,11 @@ class Description:
             )
 
 
-def describe(options: TrainOptions, hf: HfConfig, count: int, *, fused: bool) -> Description:
-    """Work a run out; ``count`` micro-batches a step, ``fused`` as in memory.Activations."""
+def describe(options: TrainOptions, hf: HfConfig, count: int) -> Description:
+    """Work a run out; ``count`` micro-batches a step."""
     world, predicting = processes(options), bool(options.mtp_loss_weight)
     held = [share(hf, options, stage, predicting=predicting) for stage in range(options.pp)]
-    activations = Activations(options, sizes_of(hf, predicting), fused)
+    activations = Activations(options, sizes_of(hf, predicting))
     trained = _adapters(options, hf) or held
     memory = estimate(activations, held, trained, vocab_size(hf), world, count)
     return Description(options, hf, world, held, memory, count)

@@ -81,11 +81,10 @@ def optimizer_bytes(options: TrainOptions, part: Share, world: int) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """What autograd keeps. ``sizes`` from flops.sizes_of; ``fused``: the gated activation is one kernel."""
+    """What autograd keeps. ``sizes`` from flops.sizes_of."""
 
     options: TrainOptions
     sizes: Any
-    fused: bool
 
     @property
     def tokens(self) -> int:
@@ -107,7 +106,7 @@ class Activations:
         sizes, tp = self.sizes, self.options.tp
         stream = 2 * self.own * sizes.hidden_size * self.width  # both residual sums; both norms' outputs
         parts = {"input": stream, "layernorm": stream} | self._attention()
-        inner = feed_forward(sizes.gated_linear_unit, self.fused)
+        inner = 3 if sizes.gated_linear_unit else 2  # what enters the activation, and what comes out
         if not self._mixture(layer):
             return parts | {"mlp": self.tokens * inner * sizes.ffn_hidden_size / tp * self.width}
         chosen = self.own * sizes.moe_router_topk * self.options.expert_tp  # tokens x experts that this rank computes
@@ -160,17 +159,10 @@ class Activations:
         return round(total + (self.of_head(vocabulary) if stage == options.pp - 1 else 0.0))
 
     def of_head(self, vocabulary: int) -> float:
-        """Bytes of the last norm and of the loss, which keeps probabilities in fp32."""
+        """Bytes of the last norm, and of the logits that the loss keeps."""
         outputs = 1 + (self.sizes.mtp_num_layers or 0)
         norm = 2 * self.own * self.sizes.hidden_size * self.width
-        return outputs * (norm + self.tokens * vocabulary / self.options.tp * FLOAT)
-
-
-def feed_forward(gated: bool, fused: bool) -> int:
-    """Numbers kept for each of the feed-forward's hidden units."""
-    if not gated:
-        return 2  # before and after the activation
-    return 3 if fused else 5  # gate and up, their product; else also the activated gate, and up again
+        return outputs * (norm + self.tokens * vocabulary / self.options.tp * self.width)
 
 
 def in_flight(options: TrainOptions, stage: int, count: int) -> int:

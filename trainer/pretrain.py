@@ -56,7 +56,7 @@ def train(options: TrainOptions, kind: "Kind") -> None:
         told = device.set_connections(queues)  # before the GPU is used
         found = device.start("auto" if options.dry_run else options.device)  # a plan may be for another machine
         plan = make_plan(options, kind)
-        described = plan.describe(options, found)
+        described = plan.describe(options)
         described.refuse_too_large()
     if options.dry_run:
         if first():
@@ -99,11 +99,11 @@ class Plan:
     data_parallel_size: int
     count: int  # micro-batches per step of each data-parallel rank
 
-    def describe(self, options: TrainOptions, device: "Device") -> "Description":
+    def describe(self, options: TrainOptions) -> "Description":
         """What the run will be."""
         from megapatch.trainer.describe import describe
 
-        return describe(options, self.hf, self.count, fused=options.device == "gpu" or device.kind != "cpu")
+        return describe(options, self.hf, self.count)
 
 
 def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
