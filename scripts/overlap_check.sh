@@ -7,11 +7,10 @@
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-use_env
 
 worker="$MEGAPATCH_ROOT/tests/bench/overlap.py"
 for word in "$@"; do
-    [ "$word" != --help ] || exec python "$worker" --help
+    [ "$word" != --help ] || { use_env && exec python "$worker" --help; }
 done
 names=("mp-overlap-$$-0" "mp-overlap-$$-1") links=("mpv$$a" "mpv$$b") started=()
 skip() { echo "overlap_check.sh: skipped: $*" >&2; exit 0; }
@@ -31,6 +30,7 @@ for rank in 0 1; do
     ip -n "${names[$rank]}" link set "${links[$rank]}" up
     ip -n "${names[$rank]}" link set lo up
 done
+use_env
 
 echo "link         way                                     s/step  efficiency"
 for rate in ${RATES:-1000 500}; do
