@@ -43,7 +43,9 @@ def words(name: str) -> list[str]:
 def plan(name: str, data: Path, capfd: pytest.CaptureFixture, *more: str) -> tuple[int, dict, str]:
     """Exit status, stdout as JSON and stderr of a dry run."""
     paths = ["--tokenizer", str(data / "tokenizer"), "--data-path", str(data / "data"), "--save", str(data / "run")]
-    status = main([f"@{CONFIGS / name}.args", *paths, "--train-iters", "100000", "--dry-run", *more])
+    status = main(
+        [f"@{CONFIGS / name}.args", *paths, "--train-iters", "100000", "--split", "80,20", "--dry-run", *more]
+    )
     said = capfd.readouterr()
     return status, json.loads(said.out or "{}"), said.err
 
