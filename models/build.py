@@ -25,6 +25,8 @@ from megapatch.models.family import (
     vocab_size,
 )
 from megapatch.models.layers import prediction, spec
+from megapatch.models.layers.cross_entropy import Model
+from megapatch.models.layers.fused import fuse_activations
 from megapatch.models.parallel import Parallel
 
 Precision = Literal["fp32", "bf16"]
@@ -88,7 +90,7 @@ def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage
     if longest and length and length > longest:
         raise UserError(f"--seq-length {length} is longer than max_position_embeddings of config.json, {longest}")
     vocab, kind, modules = vocab_size(hf), positions(hf), spec.resolve(find(hf).modules(hf))
-    model = GPTModel(
+    model = Model(
         config,
         spec.block_spec(config, modules, options.device.transformer_engine, stage),
         vocab_size=padded_vocabulary(vocab, options.parallel.tp),
@@ -103,6 +105,7 @@ def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage
     if kind == "rope" and not config.multi_latent_attention:
         frequencies = torch.tensor(inverse_frequencies(hf), dtype=torch.float64)
         model.rotary_pos_emb.inv_freq = frequencies.to(torch.float32).to(options.device.torch)
+    fuse_activations(model)
     for adapt in modules.adapt:
         adapt(model, hf)
     if model.post_process:

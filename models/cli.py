@@ -39,7 +39,9 @@ DISK_ERRNOS = {errno.EFBIG, errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIM
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one line on stderr, exit status 1."""
+    """Something the user can mend: shown as one line on stderr; the exit status."""
+
+    status = 1
 
 
 def opt(help: str, default: Any = MISSING, *, flags: Sequence[str] = (), **meta: Any) -> Any:
@@ -223,7 +225,7 @@ def run(
         sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
         return status
     except UserError as error:
-        return _fail(prog, str(error), verbose)
+        return _fail(prog, str(error), verbose, error.status)
     except BrokenPipeError:
         if not _stdout_is_closed():  # a worker's pipe, say
             raise
@@ -269,14 +271,14 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _fail(prog: str, message: str, verbose: bool) -> int:
+def _fail(prog: str, message: str, verbose: bool, status: int = FAILED) -> int:
     if verbose:
         traceback.print_exc()
     line = f"{_label(prog)}: error: {' '.join(message.splitlines())}"
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # names come from files of others
     print(line, file=sys.stderr, flush=True)
     tell_torchrun(line)
-    return FAILED
+    return status
 
 
 def tell_torchrun(line: str) -> None:
@@ -292,9 +294,7 @@ def _label(prog: str) -> str:
 
 def log_to_stderr(prog: str, verbose: bool = False) -> None:
     """Send log messages to stderr: INFO from rank 0, WARNING and above from every rank, with its rank."""
-    rank = os.environ.get("RANK", "0")
-    level = logging.DEBUG if verbose else logging.INFO if rank == "0" else logging.WARNING
-    form = f"{_label(prog)}: %(message)s"
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=form, force=True)
+    level = logging.DEBUG if verbose else logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{_label(prog)}: %(message)s", force=True)
     for name in ("megapatch", "__main__"):  # an executable's own name under python -m and torchrun -m
         logging.getLogger(name).setLevel(level)

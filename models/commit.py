@@ -31,6 +31,10 @@ _THREADS = 4
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+class FullDisk(UserError):
+    """No space left for an output."""
+
+
 def fsync(path: Path) -> None:
     """Make a file's data, or a folder's entries, durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -265,4 +269,4 @@ def naming_full_disks(target: Path) -> Iterator[None]:
         if number not in _FULL:
             raise
         free = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
-        raise UserError(f"{target}: disk full ({free:,} bytes free); free space and run again") from error
+        raise FullDisk(f"{target}: disk full ({free:,} bytes free); free space and run again") from error

@@ -4,6 +4,7 @@ Nothing else branches on the kind of device. ``start`` makes megatron-core impor
 importing anything of megatron-core.
 """
 
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -23,6 +24,8 @@ from megapatch.models.cli import UserError
 
 log = logging.getLogger(__name__)
 Kind = Literal["auto", "cpu", "gpu"]
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,15 @@ class Device:
     def torch(self) -> torch.device:
         """This process's torch device."""
         return torch.device("cuda", torch.cuda.current_device()) if self.kind == "cuda" else torch.device("cpu")
+
+    @property
+    def no_engine(self) -> str:
+        """Why there is no Transformer Engine here."""
+        if self.kind == "cpu":
+            return "this runs on a CPU"
+        return (
+            "it is not used" if installed("transformer_engine") else "the package transformer_engine is not installed"
+        )
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
@@ -84,6 +96,12 @@ class Device:
         if self.kind == "cuda":
             torch.cuda.set_rng_state(state["device"])
         tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def set_connections(count: int) -> str:
+    """Have the driver make so many queues to the GPU, which must not be in use yet; what was done, for the log."""
+    given = os.environ.setdefault(CONNECTIONS, str(count))
+    return f"{CONNECTIONS}={given}" + ("" if given == str(count) else f" as the environment says, not {count}")
 
 
 def installed(package: str) -> bool:
@@ -132,11 +150,21 @@ def _cpu(reason: str) -> Device:
         import megatron.core.models.gpt
         import megatron.core.optimizer  # noqa: F401
 
-    from megapatch.models.patches import core_on_cpu
+    from megapatch.models.patches import core_on_cpu, rotary
 
     core_on_cpu.install()
     core_on_cpu.tell_missing_engine()
+    rotary.ROTARY.apply()
+    _keep_freed_memory()
     return Device("cpu", False, False, reason)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep large blocks that are freed: else each new one, as for logits, is paid for page by page again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have none
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def quiet_upstream() -> None:

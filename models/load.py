@@ -123,6 +123,8 @@ def load_core(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
     models = {f"model{i}": unwrapped(chunk) for i, chunk in enumerate(chunks)}
     state = {name: sharded_state(model) for name, model in models.items()}
     with core_files.Checkpoint(folder) as checkpoint:
+        if any(key.endswith(".lora_A") for key in checkpoint.tensors):
+            raise UserError(f"{folder}: holds adapters only; merge them with mp-convert --merge-lora first")
         for key in {tensor.key for model in models.values() for tensor in sharded_tensors(model)}:
             if key.startswith("mtp.") and key not in checkpoint.tensors:
                 refuse_lack(folder, key)

@@ -125,7 +125,8 @@ def _meeting_place(timeout: timedelta) -> tuple[Any, int, int]:
         return dist.HashStore(), 0, 1
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     # torch 2.13: torchrun --max-restarts keeps the store, and with it the addresses of the processes before
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if shared else "0"  # a node counts its own
     return dist.PrefixStore(f"attempt {attempt}", store), rank, size
 
 

@@ -265,7 +265,7 @@ def test_bad_checks_and_steps_are_named(tmp_path, capsys, flag, line, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "nothing to report; give --log, --checks or --steps"),
+        ([], "nothing to report; give a RUN, --log, --checks or --steps"),
         (["--log", "file.jsonl"], "--log 'file.jsonl': expected LABEL=FILE"),
         (["--log", "a=x", "--log", "a=y"], "label 'a' is given twice"),
     ],

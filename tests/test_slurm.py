@@ -1,6 +1,5 @@
 """scripts/slurm/pretrain.sbatch: warned before its time limit it saves and queues again, then resumes and finishes."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,17 +7,11 @@ from pathlib import Path
 
 import loopback_slurm
 import pytest
+import slurm_runs
+from slurm_runs import STEPS, check_resumed_run, events
 
-from megapatch.tools.convert.new_model import main as new_model
-from megapatch.tools.preprocess.preprocess import main as preprocess
-from megapatch.tools.preprocess.train_tokenizer import main as train_tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "scripts" / "slurm" / "pretrain.sbatch"
-STEPS, WARNED_AT = 400, 3
-SIZES = (
-    "hidden_size=32 intermediate_size=64 num_hidden_layers=1 num_attention_heads=2 num_key_value_heads=2 head_dim=16"
-)
+SCRIPT = slurm_runs.SCRIPTS / "pretrain.sbatch"
+WARNED_AT = 3
 
 SRUN = """#!/usr/bin/env bash
 # Starts SLURM_NTASKS tasks as srun does; sends them USR1 once the log has step WARNED_AT, if that is set.
@@ -53,19 +46,7 @@ esac
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, data, and train.args."""
-    folder = tmp_path_factory.mktemp("slurm")
-    text = [str(path) for path in sorted((ROOT / "models").glob("*.py"))]
-    tokenizer, model = str(folder / "tokenizer"), str(folder / "model")
-    assert train_tokenizer(["--input", *text, "--vocab-size", "300", "--output", tokenizer]) == 0
-    data = ["--workers", "1", "--output-prefix", str(folder / "data")]
-    assert preprocess(["--input", *text, "--tokenizer", tokenizer, *data]) == 0
-    sizes = ["--dtype", "fp32", "--set", *SIZES.split()]
-    assert new_model(["--model-type", "qwen3", "--tokenizer", tokenizer, "--target", model, *sizes]) == 0
-    (folder / "train.args").write_text(
-        f"--model model --data-path data --split 100,0,0 --seq-length 32 --global-batch-size 2 --train-iters {STEPS}\n"
-        "--lr 1e-3 --timeout-s 30 --log-interval 100\n"
-    )
-    return folder
+    return slurm_runs.make(tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture
@@ -77,31 +58,15 @@ def cluster(run_folder: Path, tmp_path: Path) -> dict[str, str]:
     job = str(loopback_slurm.free_ports(1)[0])
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     job_says = {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}
-    return os.environ | job_says | {"PATH": path, "ARGS": "train.args", "SAVE": "run"}
+    given = {name: value for name, value in os.environ.items() if name not in ("CLUSTER_ENV", "TRAINER")}
+    return given | job_says | {"PATH": path, "ARGS": "train.args", "SAVE": "run"}
 
 
-def submit(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+def submit(folder: Path, environment: dict[str, str], script: str = SCRIPT.name) -> subprocess.CompletedProcess:
     """Run the script as Slurm does: a copy of it, with the folder of the submission as current folder."""
     copy = folder / "slurm_script"
-    copy.write_text(SCRIPT.read_text())
+    copy.write_text((slurm_runs.SCRIPTS / script).read_text())
     return subprocess.run(["bash", str(copy)], cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
-
-
-def events(folder: Path) -> list[dict]:
-    """The records of the run's log."""
-    return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-
-
-def check_resumed_run(folder: Path) -> None:
-    """Two processes trained, left after a signal, resumed at that step, and did every step once."""
-    found = events(folder)
-    starts = [record for record in found if record["event"] == "start"]
-    ends = [record for record in found if record["event"] == "end"]
-    assert [record["world_size"] for record in starts] == [2, 2]
-    assert [record["reason"] for record in ends] == ["signal 10", "done"]
-    assert starts[0]["resumed_from"] is None and starts[1]["resumed_from"] == ends[0]["step"]
-    steps = [record["step"] for record in found if record["event"] == "train"]
-    assert steps == list(range(1, STEPS + 1))
 
 
 def test_a_warned_job_saves_and_queues_again_then_resumes_and_finishes(run_folder, cluster):
@@ -131,33 +96,81 @@ def test_what_is_not_named_is_asked_for(cluster, name, tmp_path):
     assert done.returncode != 0 and f"{name}: f" in done.stderr
 
 
-def test_a_job_that_makes_no_step_stops(cluster, tmp_path):
-    (tmp_path / "srun").write_text(
-        '#!/usr/bin/env bash\nmkdir -p run\necho \'{"reason": "signal 10"}\' >run/log.jsonl\n'
-    )
-    done = submit(tmp_path, cluster)
-    assert done.returncode == 1 and "no step was made since checkpoint none" in done.stderr
+MARKED = 'for word; do [ "$before" != --requeue-file ] || touch "$word"; before="$word"; done'
+SAVED = "echo $RANDOM >run/latest_checkpointed_iteration.txt"
+JOBS: dict[str, tuple[str, dict[str, str], int, str]] = {  # what srun does, environment -> status, and what is said
+    "saved": (f"{SAVED}; {MARKED}", {}, 0, ""),
+    "saved, and torchrun ends with 1": (f"{SAVED}; {MARKED}; exit 1", {}, 0, ""),
+    "without a step": (MARKED, {}, 1, "no step was made since checkpoint none; not queued again"),
+    "as often as is allowed": (f"{SAVED}; {MARKED}", {"SLURM_RESTART_COUNT": "3"}, 1, "queued again 3 times"),
+    "done": (SAVED, {}, 0, ""),
+    "failed": (f"{SAVED}; exit 7", {}, 7, ""),
+    "failed, to be tried again": (f"{SAVED}; exit 7", {"REQUEUE_FAILED": "1"}, 0, ""),
+    "failed without a step": ("exit 7", {"REQUEUE_FAILED": "1"}, 1, "no step was made"),
+}
+QUEUED_AGAIN = {"saved", "saved, and torchrun ends with 1", "failed, to be tried again"}
+
+
+@pytest.mark.parametrize("script", ["pretrain.sbatch", "torchrun.sbatch"])
+@pytest.mark.parametrize("job", JOBS)
+def test_what_queues_again_and_what_does_not(job, script, cluster, tmp_path):
+    does, environment, status, said = JOBS[job]
+    (tmp_path / "srun").write_text(f"#!/usr/bin/env bash\nbefore=none\n{does}\n")
+    given = {"MAX_REQUEUES": "3", "SLURM_NNODES": "2"} | environment
+    done = submit(tmp_path, cluster | given, script)
+    assert done.returncode == status and said in done.stderr, done.stderr
+    assert (tmp_path / "requeued").exists() == (job in QUEUED_AGAIN)
+    assert not list((tmp_path / "run").glob("requeue-*"))
+
+
+def test_a_file_left_by_an_earlier_start_queues_nothing(cluster, tmp_path):
+    (tmp_path / "srun").write_text(f"#!/usr/bin/env bash\n{SAVED}\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f"requeue-{cluster['SLURM_JOB_ID']}").touch()
+    assert submit(tmp_path, cluster).returncode == 0
     assert not (tmp_path / "requeued").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(bool(loopback_slurm.missing()), reason=loopback_slurm.missing())
-def test_real_slurm_warns_queues_again_and_resumes(run_folder, tmp_path):
-    """Two nodes on loopback; the warning comes from scancel instead of a time limit of minutes."""
-    folder = tmp_path / "job"
-    folder.mkdir()
-    for path in run_folder.iterdir():
-        if path.name not in ("run", "requeued"):
-            (folder / path.name).symlink_to(path)
-    with loopback_slurm.slurm(tmp_path / "cluster") as environment:
-        path = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        environment = environment | {"PATH": path, "ARGS": "train.args", "SAVE": "run"}
-        sizes = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--parsable"]
-        job = subprocess.check_output(["sbatch", *sizes, str(SCRIPT)], cwd=folder, env=environment, text=True).strip()
-        log = folder / "run" / "log.jsonl"
-        loopback_slurm.wait_for(lambda: log.exists() and '"event": "train"' in log.read_text(), "a step", 120)
-        subprocess.run(["scancel", "--signal=USR1", job], env=environment, check=True)
-        loopback_slurm.wait_for(lambda: '"reason": "done"' in log.read_text(), "the end", 300)
-        queue = ["squeue", "--noheader"]
-        loopback_slurm.wait_for(lambda: not subprocess.check_output(queue, env=environment), "an empty queue", 60)
-    check_resumed_run(folder)
+SBATCH = """#!/usr/bin/env bash
+echo "$ARGS $PREFIX $SAVE $SBATCH_PARTITION: $*" >>submitted
+echo "$(wc -l <submitted);cluster"
+"""
+NAMES = ("preprocess", "convert", "train", "export", "generate")
+
+
+def chain(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run chain.sh in ``folder`` with an sbatch that only takes notes."""
+    (folder / "sbatch").write_text(SBATCH)
+    (folder / "sbatch").chmod(0o755)
+    given = {"PATH": f"{folder}:{os.environ['PATH']}"} | environment
+    return subprocess.run(
+        [slurm_runs.SCRIPTS / "chain.sh"], cwd=folder, env=given, capture_output=True, text=True, timeout=20
+    )
+
+
+def test_the_chain_submits_each_step_after_the_one_before(tmp_path):
+    for name in NAMES:
+        (tmp_path / f"{name}.args").touch()
+    done = chain(tmp_path, RUN=".", CLUSTER_ENV=str(slurm_runs.SCRIPTS / "cluster.env"))
+    steps = ["preprocess", "merge", *NAMES[1:]]
+    assert done.stdout.split("\n") == [*(f"{step} {i}" for i, step in enumerate(steps, 1)), ""], done.stderr
+    lines = (tmp_path / "submitted").read_text().splitlines()
+    for i, (step, line) in enumerate(zip(steps, lines, strict=True), 1):
+        before = f" --dependency=afterok:{i - 1} --kill-on-invalid-dep=yes" if i > 1 else ""
+        own = {"preprocess": " --array=0-7%4", "train": " --nodes=4"}.get(step, "")
+        script = slurm_runs.SCRIPTS / f"{step.replace('train', 'pretrain')}.sbatch"
+        assert line == f"./{step}.args ./data ./train gpu: --parsable{before}{own} {script}"
+
+
+WRONG_CHAINS = {
+    "RUN: folder with the .args files": {},
+    "./convert.args: no such file; step convert needs it": {"RUN": ".", "STEPS": "merge convert"},
+    "STEPS: no step fly; there are: ": {"RUN": ".", "STEPS": "merge fly"},
+    "nowhere.env: No such file": {"RUN": ".", "STEPS": "merge", "CLUSTER_ENV": "nowhere.env"},
+}
+
+
+@pytest.mark.parametrize("said", WRONG_CHAINS)
+def test_a_chain_that_cannot_run_submits_nothing(said, tmp_path):
+    done = chain(tmp_path, **WRONG_CHAINS[said])
+    assert done.returncode != 0 and said in done.stderr and not (tmp_path / "submitted").exists()

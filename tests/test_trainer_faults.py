@@ -38,10 +38,14 @@ def test_weights_that_are_not_finite_end_the_run_and_are_never_saved(
     weights = load_file(tmp_path / "broken" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
     save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
-    words = arguments(folder, str(tmp_path / "broken"), str(tmp_path / "run"), "--max-bad-steps 2 --save-interval 1")
+    words = arguments(folder, str(tmp_path / "broken"), str(tmp_path / "run"), "--max-nan 2 --save-interval 1")
     assert main(words) == 1
     last = capfd.readouterr().err.splitlines()[-1]
-    assert "step 3: the loss is not finite (samples 16 to 23); 3 such steps in a row, giving up" in last
+    assert f"step 3: the loss is not finite (samples 16 to 23: {folder / 'data'} documents " in last
+    assert "; 3 such steps in a row, giving up; the last checkpoint is step 2; lower --lr" in last
+    named = [event["samples"] for event in events(log_of(tmp_path / "run"), "bad_step")]
+    assert [[place["sample"] for place in places] for places in named] == [[*range(n, n + 8)] for n in (0, 8, 16)]
+    assert all(place["prefix"] == str(folder / "data") and place["documents"] for places in named for place in places)
     records = events(log_of(tmp_path / "run"), "train")
     assert [(r["loss"], r["grad_norm"]) for r in records] == [(None, None)] * 3
 
@@ -67,7 +71,7 @@ def guarded(folder: Path) -> dict[str, list[dict]]:
     overlap = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --train-iters 5"
     cases["overlap"] = {"arguments": arguments(folder, "dense", "guarded/overlap", overlap), "bad": BAD}
     many = {"2": ["gradient", 1], "3": ["loss", 1]}
-    words = arguments(folder, "dense", "guarded/many", "--max-bad-steps 1 --save-interval 1")
+    words = arguments(folder, "dense", "guarded/many", "--max-nan 1 --save-interval 1")
     cases["too many"] = {"arguments": words, "bad": many}
     words = arguments(folder, "dense", "guarded/first", "--save-interval 1")
     cases["first"] = {"arguments": words, "bad": {"1": ["loss", 0]}, "signal": {"step": 1, "number": 10}}
@@ -94,9 +98,9 @@ def test_skipped_steps_leave_overlapped_communication_in_order(guarded: dict[str
 
 
 def test_too_many_bad_steps_end_the_run(guarded: dict[str, list[dict]], folder: Path) -> None:
-    assert "step 3: the loss is not finite (samples 16 to 23); 2 such steps in a row, giving up; the last" in error(
-        guarded["too many"]
-    )
+    told = error(guarded["too many"])
+    assert f"step 3: the loss is not finite (samples 16 to 23: {folder / 'data'} documents " in told
+    assert "; 2 such steps in a row, giving up; the last checkpoint is step 2;" in told
     assert [path.name for path in sorted((folder / "guarded/many").glob("iter_*"))] == ["iter_0000001", "iter_0000002"]
 
 
@@ -113,9 +117,9 @@ def test_a_disk_without_room_is_told_before_the_first_byte(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1000, 900, 100))
-    assert main(arguments(folder, "dense", str(tmp_path / "run"))) == 1
+    assert main(arguments(folder, "dense", str(tmp_path / "run"))) == 73
     last = capfd.readouterr().err.splitlines()[-1]
-    assert "disk full: a checkpoint takes" in last and "100 are free" in last
+    assert f"{tmp_path / 'run'}: disk full: 791,040 bytes needed, 100 bytes are free; what was complete" in last
     assert not list((tmp_path / "run").glob("iter_*"))
 
 
@@ -138,9 +142,10 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_checkpoint(
     train(folder, str(save), "--train-iters 2")
     with monkeypatch.context() as patch:
         patch.setattr(*places.get(where, (commit, "seal", full)))
-        assert main(arguments(folder, "dense", str(save), "--lr-decay-iters 4")) == 1
+        assert main(arguments(folder, "dense", str(save), "--lr-decay-iters 4")) == 73
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("mp-pretrain: error: ") and ("bytes are free" in last or "bytes free" in last)
+    assert last.startswith(f"mp-pretrain: error: {save / 'iter_0000004'}") and " bytes are free; what was" in last
+    assert "791,040 bytes needed" in last
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
     train(folder, str(save), "--lr-decay-iters 4")
     assert [path.name for path in sorted(save.glob("iter_*"))] == ["iter_0000002", "iter_0000004"]

@@ -14,6 +14,8 @@ arguments, or an object that holds them as "arguments" and, when wanted, with st
                                                      for one process only, before the first case without
     "digests": true                                  adds {"event": "state", "step", "digest"}: xxh3 of all parameters
                                                      and optimizer states of rank 0, after the step
+    "kept": true                                     adds {"event": "kept", "bytes"}: the most that rank 0 kept for the
+                                                     backward pass of a micro-batch
 
 A case that fails has one record: {"event": "error", "text": traceback}.
 """
@@ -22,6 +24,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +32,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import xxhash
+from kept import Kept
 
 from megapatch.models import cli, commit, device
 from megapatch.trainer import signals
@@ -87,23 +91,26 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 class Faults:
     """Makes losses and gradients that are not finite, at given steps on given ranks."""
 
-    def __init__(self, bad: dict[str, tuple[str, int]]) -> None:
-        self.bad, self.step = bad, 0
+    def __init__(self, bad: dict[str, tuple[str, int]], kept: Kept | None = None) -> None:
+        self.bad, self.step, self.kept = bad, 0, kept
         self.loss, self.run_batches = step._loss, step.run_batches
 
     def what(self) -> str:
         kind, rank = self.bad.get(str(self.step), ("", -1))
         return kind if rank == dist.get_rank() else ""
 
-    def spoil_loss(self, mask: torch.Tensor, output: torch.Tensor) -> Any:
-        return self.loss(mask, output * float("inf") if self.what() == "loss" else output)
+    def spoil_loss(self, mask: torch.Tensor, output: torch.Tensor, **words: Any) -> Any:
+        if self.kept:
+            self.kept.measure()
+        return self.loss(mask, output * float("inf") if self.what() == "loss" else output, **words)
 
     def spoil_gradient(self, run: Session, *args: Any, train: bool) -> Any:
         self.step = run.step + 1 if train else -1
         parameter = next(p for p in run.models[0].parameters() if p.dim() > 1)
         wrong = self.what() == "gradient"  # before it is reduced over the ranks, as a number too large would be
         hook = parameter.register_hook(lambda gradient: gradient * float("nan")) if wrong else None
-        found = self.run_batches(run, *args, train=train)
+        with self.kept.watching() if self.kept else nullcontext():
+            found = self.run_batches(run, *args, train=train)
         if hook:
             hook.remove()
         return found
@@ -163,13 +170,16 @@ def run_case(case: Any) -> list[dict]:
         records.sinks.append(memory)
         if not options.save_interval and "signal" not in case and "save" not in case:
             trainer.saved_step = options.train_iters  # nothing to save: these cases look at the losses only
-        faults = Faults(case.get("bad", {}))
+        kept = Kept(p for m in trainer.session.models for p in m.parameters()) if case.get("kept") else None
+        faults = Faults(case.get("bad", {}), kept)
         with (
             mock.patch.object(step, "_loss", faults.spoil_loss),
             mock.patch.object(step, "run_batches", faults.spoil_gradient),
             killing(case.get("kill", {})),
         ):
             trainer.run()
+        if kept:
+            memory.records.append({"event": "kept", "bytes": kept.most})
         records.close()
         return memory.records
     finally:

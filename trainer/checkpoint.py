@@ -6,10 +6,7 @@ and are restored where the layout is the same, which makes the resumed run equal
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +14,23 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megapatch.models import commit, core_files
-from megapatch.models.cli import FAILED, UserError
+from megapatch.models.cli import UserError
 from megapatch.models.family import HfConfig
 from megapatch.models.load import hf_folder, sharded_state
 from megapatch.models.parallel import Parallel
 from megapatch.models.tokenizer import copy_tokenizer, find_tokenizer
-from megapatch.trainer import optimizer_state
+from megapatch.trainer import adapters, locks, optimizer_state
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.session import Session
 
 log = logging.getLogger(__name__)
 CONTENT = {"singleton_local_shards": False}  # megatron-core adds to what it is given: pass copies
-STAGED = ".tmp"
-REMEMBERED = ("seed", "seq_length", "global_batch_size", "train_iters", "data_path", "split")  # decide the data order
+STAGED = ".tmp"  # ends the names of checkpoints that are not complete
+# options that decide the order of data
+REMEMBERED = ("seed", "seq_length", "global_batch_size", "train_iters", "data_path", "split", "data", "packing")
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,19 @@ def newest(root: Path) -> Path | None:
     return None
 
 
+def claim(root: Path, resumed: Path | None) -> None:
+    """Keep other runs out of --save, and remove what one that was killed while saving left (every rank must call)."""
+    with together():
+        if not first():
+            return
+        locks.hold(root)
+        if newest(root) != resumed:
+            raise UserError(f"{root}: another run has saved there since this one started; run again to go on from that")
+        for old in root.glob(f"iter_*{STAGED}"):
+            log.info("%s: of a save that was cut off; removed", old)
+            shutil.rmtree(old)
+
+
 def refuse_other_model(given: Path, resumed: Path) -> None:
     """Refuse to resume with another model than the one that is there (UserError); one that is gone is not missed."""
     config = given if given.is_file() else hf_folder(given) / "config.json" if given.is_dir() else given
@@ -91,91 +101,12 @@ def refuse_other_model(given: Path, resumed: Path) -> None:
         )
 
 
-def save(session: Session, source: Source) -> Path:
-    """Write SAVE/iter_N and make it the newest (every rank must call)."""
-    root = session.options.save
-    target = core_files.iteration_folder(root, session.step)
-    stage = target.with_name(target.name + STAGED)
-    with together():
-        if first():
-            for old in root.glob(f"iter_*{STAGED}"):  # of a run that was killed while it saved
-                shutil.rmtree(old)
-            stage.mkdir(parents=True)
-            _check_room(session, stage)
-    _write(session, stage)
-    with together():
-        if first():
-            with commit.naming_full_disks(target):
-                _finish(session, stage, target, source)
-    return target
-
-
-def _check_room(session: Session, stage: Path) -> None:
-    """Refuse before the first byte what the disk cannot hold."""
-    per_parameter = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}[session.options.precision]  # weight, master, moments
-    needed, free = session.num_parameters * per_parameter, shutil.disk_usage(stage).free
-    if free < needed:
-        stage.rmdir()
-        raise UserError(
-            f"{stage.parent}: disk full: a checkpoint takes {needed:,} bytes, {free:,} are free; "
-            f"free space, or keep fewer with --keep, and run again"
-        )
-
-
-def _write(session: Session, stage: Path) -> None:
-    """Every rank's share into the staged folder."""
-    gathering = session.chunks if session.options.overlap_param_gather else []
-    for chunk in gathering:
-        chunk.disable_forward_pre_hook()  # and bring every rank's parameters up to date
-    state = _state(session, loading=False)
-    with _naming_failed_writes(stage):
-        dist_checkpointing.save(state, str(stage), content_metadata=dict(CONTENT))
-    for chunk in gathering:
-        chunk.enable_forward_pre_hook()
-
-
-@contextmanager
-def _naming_failed_writes(stage: Path) -> Iterator[None]:
-    """Turn torch's report of files that could not be written, which every rank gets, into one line."""
-    try:
-        with commit.naming_full_disks(stage):
-            yield
-    except CheckpointException as error:
-        if not first():
-            raise SystemExit(FAILED) from error
-        reasons = sorted({str(failure) for failure, _ in error.failures.values()})
-        raise UserError(_not_written(stage, "; ".join(reasons))) from error
-    except RuntimeError as error:  # of torch.save, in rank 0 alone: leave at once, or the others wait
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        raise UserError(_not_written(stage, str(error).splitlines()[0])) from error
-
-
-def _not_written(stage: Path, reason: str) -> str:
-    free = shutil.disk_usage(stage.parent).free
-    return f"{stage}: not written ({reason}); {free:,} bytes are free; nothing was kept, run again"
-
-
-def _finish(session: Session, stage: Path, target: Path, source: Source) -> None:
-    """Seal the staged folder, move it into place, name it in the tracker, and remove what --keep does not keep."""
-    source.copy(stage / core_files.HF_SUBFOLDER)
-    commit.seal(stage, tool="mp-pretrain", about={"step": session.step, "layout": _layout(session.options)})
-    if target.exists():  # saved by a run that was killed before it named it in the tracker, or went back
-        shutil.rmtree(target)
-    os.rename(stage, target)
-    commit.fsync(target.parent)
-    core_files.write_tracker(target.parent, session.step)
-    if session.options.keep:
-        older = [path for path in sorted(target.parent.glob("iter_" + "[0-9]" * 7)) if path.name <= target.name]
-        for old in older[: -session.options.keep]:
-            shutil.rmtree(old)
-
-
-def _state(session: Session, *, loading: bool, same_layout: bool = True) -> dict[str, Any]:
+def state(session: Session, *, loading: bool, same_layout: bool = True) -> dict[str, Any]:
     """The run's state as megatron-core shards it."""
     names = ["model"] if len(session.models) == 1 else [f"model{i}" for i in range(len(session.models))]
     state: dict[str, Any] = {
-        name: sharded_state(model, **CONTENT) for name, model in zip(names, session.models, strict=True)
+        name: adapters.saved(sharded_state(model, **CONTENT), session.options)
+        for name, model in zip(names, session.models, strict=True)
     }
     state["optimizer"] = optimizer_state.sharded(session.optimizer, dict(state), loading=loading)
     if same_layout:
@@ -189,15 +120,16 @@ def _state(session: Session, *, loading: bool, same_layout: bool = True) -> dict
         state["megapatch"] = {
             "consumed_samples": session.consumed_samples,
             "updates": session.updates,
-            "layout": _layout(session.options),
+            "layout": layout(session.options),
             "order": _order(session.options),
             "precision": session.options.precision,
             "predicts": bool(session.options.mtp_loss_weight),
+            **adapters.described(session.options, session.base),
         }
     return state
 
 
-def _layout(options: Parallel) -> dict[str, Any]:
+def layout(options: Parallel) -> dict[str, Any]:
     sizes = {name: getattr(options, name) for name in ("tp", "pp", "vpp", "cp", "ep", "expert_tp", "sequence_parallel")}
     return sizes | {"world_size": torch.distributed.get_world_size()}
 
@@ -212,22 +144,24 @@ def resume(session: Session, folder: Path) -> None:
     common = dist_checkpointing.load_common_state_dict(str(folder))
     with together():
         ours = _training_state(common, folder, session.options)
-    same = ours["layout"] == _layout(session.options)
+        adapters.check(ours, folder, session.options, session.base)
+    same = ours["layout"] == layout(session.options)
     if not same:
         warn(log, "%s: saved at another layout (%s); dropout draws new random numbers", folder, ours["layout"])
     for name, value in _order(session.options).items():
         if ours["order"].get(name, value) != value:
             flag = name.replace("_", "-")
             warn(log, "--%s was %s, now %s: the order of data changes", flag, ours["order"][name], value)
-    state = dist_checkpointing.load(_state(session, loading=True, same_layout=same), str(folder))
+    loaded = dist_checkpointing.load(state(session, loading=True, same_layout=same), str(folder))
     for i, model in enumerate(session.models):
-        model.load_state_dict(state["model" if len(session.models) == 1 else f"model{i}"])
+        ours_of_model = loaded["model" if len(session.models) == 1 else f"model{i}"]
+        model.load_state_dict(ours_of_model, strict=session.options.lora is None)
     session.updates = ours["updates"]
-    optimizer_state.fill(session.optimizer, state["optimizer"], session.updates)
+    optimizer_state.fill(session.optimizer, loaded["optimizer"], session.updates)
     session.schedule.load_state_dict(common["opt_param_scheduler"])
     session.step, session.consumed_samples = common["iteration"], ours["consumed_samples"]
     if same:
-        session.device.set_generator_state(state["generators"])
+        session.device.set_generator_state(loaded["generators"])
 
 
 def _training_state(common: dict[str, Any], folder: Path, options: TrainOptions) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megapatch.models.data_formats import described
 from megapatch.models.indexed_data import blocks, manifest_path, read_index
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.trainer.data_cache import building, key
-from megapatch.trainer.options import SPLIT, PretrainOptions
+from megapatch.trainer.options import SPLIT, PretrainOptions, TrainOptions
 from megapatch.trainer.ranks import warn
 
 log = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ def micro_batches(
         yield get_batch_on_this_cp_rank({k: v.to(device, non_blocking=True) for k, v in batch.items()})
 
 
-def num_micro_batches(options: PretrainOptions, data_parallel_size: int) -> int:
+def num_micro_batches(options: TrainOptions, data_parallel_size: int) -> int:
     """Forward passes per step of each data-parallel rank (UserError when they do not divide)."""
     per_pass = options.micro_batch_size * data_parallel_size
     if options.global_batch_size % per_pass:

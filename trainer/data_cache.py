@@ -1,11 +1,8 @@
 """Where megatron-core keeps the indices of a dataset: complete or absent, whoever is killed or builds beside us."""
 
-import contextlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,8 @@ import xxhash
 from megapatch.models import commit
 from megapatch.models.cli import UserError
 from megapatch.models.indexed_data import bin_path, idx_path
+from megapatch.trainer import disk
+from megapatch.trainer.built_once import built_once
 from megapatch.trainer.ranks import together
 
 
@@ -39,25 +38,17 @@ def building(root: Path, name: str) -> Iterator[Path]:
     """A folder for indices: ROOT/NAME where that is complete, else a new one that becomes it; every rank must enter."""
     final = root / name
     chosen = [final]
-    with together():
-        if dist.get_rank() == 0 and not final.is_dir():
-            chosen = [commit.staging_name(final)]
-            shutil.rmtree(chosen[0], ignore_errors=True)  # of a killed process with this one's number
-            chosen[0].mkdir(parents=True)
-    dist.broadcast_object_list(chosen)
-    folder = chosen[0]
-    with together():
-        if not folder.is_dir():
-            raise UserError(f"--data-cache-path {root}: not the same folder on all nodes; name one that they share")
-    try:
-        with commit.naming_full_disks(final), naming_the_cause():
-            yield folder
+    with ExitStack() as held:
+        with together():
+            if dist.get_rank() == 0:
+                chosen = [held.enter_context(built_once(final))]
+        dist.broadcast_object_list(chosen)
+        with together():
+            if not chosen[0].is_dir():
+                raise UserError(f"--data-cache-path {root}: not the same folder on all nodes; name one that they share")
+        with disk.naming(final), naming_the_cause():
+            yield chosen[0]
         dist.barrier()  # every rank has the files open: renaming does not disturb them
-        if dist.get_rank() == 0 and folder != final:
-            _put(folder, final)
-    finally:
-        if dist.get_rank() == 0 and folder != final:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -69,12 +60,3 @@ def naming_the_cause() -> Iterator[None]:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from error
         raise
-
-
-def _put(folder: Path, final: Path) -> None:
-    for path in folder.iterdir():
-        commit.fsync(path)
-    commit.fsync(folder)
-    with contextlib.suppress(OSError):  # another run was faster; its indices are the same
-        os.rename(folder, final)
-    commit.fsync(final.parent)

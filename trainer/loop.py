@@ -11,15 +11,22 @@ import torch
 from megapatch.models.cli import UserError
 from megapatch.trainer import checkpoint, signals
 from megapatch.trainer.metrics import Log
-from megapatch.trainer.ranks import together, warn
+from megapatch.trainer.progress import Progress
+from megapatch.trainer.ranks import first, together, warn
+from megapatch.trainer.sample_places import Samples, shown
+from megapatch.trainer.saving import Saving
 from megapatch.trainer.session import Session
 from megapatch.trainer.step import Batches, StepResult, evaluate, train_step
+from megapatch.trainer.watchdog import note
 
 log = logging.getLogger(__name__)
 
 
 class Trainer:
     """Runs a session to its last step."""
+
+    samples: Samples | None = None  # what ``train`` reads, where it can say where that comes from
+    saving: Saving | None = None  # the checkpoint that is written beside the training
 
     def __init__(
         self,
@@ -39,6 +46,7 @@ class Trainer:
         self.train, self.valid, self.eval_steps = train, valid, eval_steps
         self.bad_steps = 0
         self.saved_step = session.step
+        self.progress = Progress(session.options, session.device, session.step)
 
     def run(self) -> None:
         """Train until --train-iters, or until a signal asks to stop; the state is saved at the end."""
@@ -48,27 +56,35 @@ class Trainer:
             self.evaluate()
         while session.step < options.train_iters:
             self._one_step()
-            if signal := self._signal():
+            if signal := self._look_around():
                 reason = f"signal {signal}"
                 warn(log, "signal %d: saving at step %d and leaving", signal, session.step)
                 break
             if options.eval_interval and session.step % options.eval_interval == 0:
                 self.evaluate()
             if options.save_interval and session.step % options.save_interval == 0:
-                self.save()
+                self.save(beside=options.async_save and session.step < options.train_iters)
         self.save()
         self.records.write("end", step=session.step, reason=reason, consumed_samples=session.consumed_samples)
+        self.progress.close()
+        if options.requeue_file and session.step < options.train_iters and first():
+            options.requeue_file.touch()
 
     def _one_step(self) -> None:
         session = self.session
+        note(f"in step {session.step + 1}")
         start = time.perf_counter()
         lr = session.optimizer.param_groups[0]["lr"]
-        result = train_step(session, self.train(session.consumed_samples), self.count)
+        with self.progress.profiler.around(session.step + 1):
+            result = train_step(session, self.train(session.consumed_samples), self.count)
         session.device.synchronize()
         seconds = time.perf_counter() - start
         session.step += 1
         session.consumed_samples += session.options.global_batch_size
         self._record(result, seconds, lr)
+        if self.samples and session.options.log_sample_ids:
+            read = self.samples.read_by_all()
+            self.records.write("samples", step=session.step, samples=[self.samples.place(i) for i in read])
         if result.grad_norm is None:
             self._bad_step(result)
         else:
@@ -78,10 +94,13 @@ class Trainer:
         self.bad_steps += 1
         what = "gradient" if math.isfinite(result.loss) else "loss"
         last = self.session.consumed_samples
-        first = last - self.session.options.global_batch_size
-        message = f"step {self.session.step}: the {what} is not finite (samples {first} to {last - 1})"
+        batch = range(last - self.session.options.global_batch_size, last)
+        places = [self.samples.place(i) for i in batch] if self.samples else []
+        self.records.write("bad_step", step=self.session.step, what=what, samples=places or list(batch))
+        where = f"samples {batch[0]} to {batch[-1]}" + (f": {shown(places)}" if places else "")
+        message = f"step {self.session.step}: the {what} is not finite ({where})"
         with together():
-            if self.bad_steps > self.session.options.max_bad_steps:
+            if self.bad_steps > self.session.options.max_nan:
                 raise UserError(
                     f"{message}; {self.bad_steps} such steps in a row, giving up; {self._last_good()}; "
                     "lower --lr, or look at the data"
@@ -94,6 +113,7 @@ class Trainer:
     def _record(self, result: StepResult, seconds: float, lr: float) -> None:
         session = self.session
         tokens_per_s = result.tokens / seconds
+        tflops = tokens_per_s * self.flops_per_token / 1e12
         fields: dict[str, Any] = {
             "step": session.step,
             "loss": result.loss,
@@ -101,45 +121,55 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "step_s": seconds,
             "tokens_per_s": tokens_per_s,
-            "tflops": tokens_per_s * self.flops_per_token / 1e12,
+            "tflops": tflops,
             "consumed_samples": session.consumed_samples,
-            "peak_memory_bytes": session.device.peak_memory_bytes(),
+            **self.progress.measures(session.step, tflops),
             **result.extra,
         }
         self.records.write("train", **fields)
-        if session.step % session.options.log_interval == 0 or session.step == session.options.train_iters:
-            self._talk(fields)
-
-    def _talk(self, fields: dict[str, Any]) -> None:
-        total = self.session.options.train_iters
-        left = (total - fields["step"]) * fields["step_s"]
-        norm = "-" if fields["grad_norm"] is None else f"{fields['grad_norm']:.3f}"
-        log.info(
-            f"step {fields['step']}/{total}  loss {fields['loss']:.4f}  lr {fields['lr']:.3g}  norm {norm}  "
-            f"{fields['tokens_per_s']:,.0f} tokens/s  {fields['tflops']:.3g} TFLOP/s  "
-            f"left {int(left // 3600)}:{int(left // 60 % 60):02d}:{int(left % 60):02d}"
-        )
+        self.progress.tell(fields)
 
     def evaluate(self) -> None:
-        """Log the mean loss of the first global batches of the validation split."""
-        if self.eval_steps:
-            loss = evaluate(self.session, self.valid, self.eval_steps, self.count)
-            self.records.write("eval", step=self.session.step, loss=loss, split="valid")
-            log.info(f"step {self.session.step}  validation loss {loss:.4f}")
-
-    def save(self) -> None:
-        """Save, unless this step is saved already."""
-        if self.saved_step == self.session.step:
+        """Log the mean loss of the first global batches of the validation split; not if a signal cuts it short."""
+        if not self.eval_steps:
             return
-        start = time.perf_counter()
-        folder = checkpoint.save(self.session, self.source)
+        session = self.session
+
+        def batches(step: int) -> Batches | None:
+            note(f"in evaluation {step + 1} at step {session.step}")
+            return None if self._look_around() else self.valid(step)
+
+        loss = evaluate(session, batches, self.eval_steps, self.count)
+        if loss is not None:
+            self.records.write("eval", step=session.step, loss=loss, split="valid")
+            log.info(f"step {session.step}  validation loss {loss:.4f}")
+
+    def save(self, *, beside: bool = False) -> None:
+        """Save, unless this step is saved already; ``beside`` the training, or wait until all is durable."""
+        note("saving")
+        step = self.session.step
+        if self.saving and (self.saving.step != step or not beside):
+            self._saved(self.saving)
+        if self.saved_step != step and not self.saving:
+            self.saving = Saving(self.session, self.source, beside=beside)
+            if not beside:
+                self._saved(self.saving)
+
+    def _saved(self, saving: Saving) -> None:
+        """Wait for a checkpoint that is on its way, and tell of it."""
+        folder = saving.wait()
+        self.saving, self.saved_step = None, saving.step
         self.source = checkpoint.source_in(folder)  # --keep may remove the checkpoint that this run came from
-        self.saved_step = self.session.step
-        self.records.write("save", step=self.session.step, seconds=time.perf_counter() - start, folder=str(folder))
+        seconds = {"seconds": saving.seconds(), "held_s": saving.held_s}
+        self.records.write("save", step=saving.step, **seconds, folder=str(folder))
         log.info("saved %s", folder)
 
-    def _signal(self) -> int:
-        """The signal that any rank has received, agreed by all; 0 for none."""
-        asked = torch.tensor([signals.asked()], device=self.session.device.torch)
+    def _look_around(self) -> int:
+        """The signal that any rank has received, agreed by all, 0 for none; a checkpoint on its way goes on."""
+        busy = self.saving is not None and self.saving.busy()
+        asked = torch.tensor([signals.asked(), busy], device=self.session.device.torch)
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return int(asked.item())
+        signal, anywhere = asked.tolist()
+        if self.saving and not anywhere and self.saving.advance():
+            self._saved(self.saving)
+        return int(signal)

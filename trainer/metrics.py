@@ -1,4 +1,4 @@
-"""How much work a step is, and where the numbers go: JSON lines always, TensorBoard and W&B when asked."""
+"""Where the numbers of a run go: JSON lines always, TensorBoard and W&B when asked. Imports no torch."""
 
 import json
 import math
@@ -7,39 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-
 from megapatch.models import commit
 from megapatch.models.cli import UserError
-
-
-def flops_per_token(config: TransformerConfig, vocab_size: int, seq_length: int, moe_layers: int) -> float:
-    """Model FLOPs per trained token: forward and backward (3x), matrix products only, causal attention counted half.
-
-    Counts what the model needs, not what is recomputed. A multiply-add is 2 FLOPs.
-    """
-    h = config.hidden_size
-    matrices = 3 if config.gated_linear_unit else 2
-    dense = matrices * h * config.ffn_hidden_size
-    active = (config.moe_ffn_hidden_size or 0) * config.moe_router_topk  # feed-forward width that a token meets
-    active += config.moe_shared_expert_intermediate_size or 0
-    gates = (config.num_moe_experts or 0) + int(config.moe_shared_expert_gate)
-    experts = h * gates + matrices * h * active
-    attention = _attention(config, seq_length)
-    layers = config.num_layers * attention + (config.num_layers - moe_layers) * dense + moe_layers * experts
-    further = 2 * h * h + attention + (experts if moe_layers else dense) + h * vocab_size  # predicts a later token
-    return 3 * 2 * (layers + h * vocab_size + (config.mtp_num_layers or 0) * further)
-
-
-def _attention(config: TransformerConfig, seq_length: int) -> float:
-    """Multiply-adds of one attention layer for a token, which sees half of the sequence on average."""
-    h, heads, groups, size = config.hidden_size, config.num_attention_heads, config.num_query_groups, config.kv_channels
-    if not isinstance(config, MLATransformerConfig):
-        return 2 * h * size * (heads + groups) + heads * size * seq_length  # q k^T and scores v
-    value, latent, rank = config.v_head_dim, config.kv_lora_rank, config.q_lora_rank
-    query = h * heads * size if rank is None else rank * (h + heads * size)
-    keys = h * (latent + config.qk_pos_emb_head_dim) + latent * heads * (config.qk_head_dim + value)
-    return query + keys + h * heads * value + heads * (size + value) * seq_length / 2
+from megapatch.trainer.flops import flops_per_token as flops_per_token
 
 
 class Sink(Protocol):

@@ -2,18 +2,25 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import ClassVar, Literal, Optional
 
 from megapatch.models.cli import opt
-from megapatch.models.parallel import Parallel
+from megapatch.trainer.fp8_options import Fp8Options
+from megapatch.trainer.lora_options import LoraOptions
+from megapatch.trainer.moe_options import MoeOptions
+from megapatch.trainer.overlap import OverlapOptions
+from megapatch.trainer.recompute_options import RecomputeOptions
+from megapatch.trainer.reliability_options import ReliabilityOptions
+from megapatch.trainer.watching import Watching
 
 SPLIT = "98,2,0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(Parallel):
+class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, LoraOptions, ReliabilityOptions, Watching):
     """What every kind of training shares."""
 
+    tool: ClassVar[str] = "mp-pretrain"
     save: Path = opt("folder for checkpoints and the log; training resumes from the newest checkpoint found in it")
     model: Optional[Path] = opt("start from these weights: a Hugging Face folder or a core checkpoint", None)
     init_from: Optional[Path] = opt(
@@ -51,28 +58,19 @@ class TrainOptions(Parallel):
         "0 leaves these layers out, and checkpoints then have none",
         0.0,
     )
-    recompute: Literal["none", "selective", "full"] = opt(
-        "activations to compute again in the backward pass: selective: attention; full: whole layers", "none"
-    )
-    recompute_layers: int = opt("for --recompute full: layers per recomputed unit", 1)
-    use_distributed_optimizer: bool = opt("cut optimizer state over data-parallel ranks", False)
-    overlap_grad_reduce: bool = opt("reduce gradients while the backward pass runs", False)
-    overlap_param_gather: bool = opt("gather parameters while the forward pass runs", False)
 
-    save_interval: int = opt("steps between checkpoints; 0: only at the end", 0)
-    keep: int = opt("newest checkpoints to keep; 0 keeps all", 0)
+    requeue_file: Optional[Path] = opt(
+        "made when a signal ended the run and all is saved, for a job script to see", None
+    )
     eval_interval: int = opt("steps between evaluations on the validation split; 0: none", 0)
     eval_iters: int = opt("global batches per evaluation", 4)
-    log: Optional[Path] = opt("JSON-lines log, if not SAVE/log.jsonl", None)
-    log_interval: int = opt("steps between lines on stderr; the log has every step", 1)
-    tensorboard: Optional[Path] = opt("folder for TensorBoard (needs the extra 'tb')", None)
-    wandb: Optional[str] = opt("Weights & Biases project (needs the extra 'wandb')", None)
-    max_bad_steps: int = opt("steps with a loss or gradient that is not finite to skip before giving up", 3)
-    timeout_s: float = opt("seconds to wait for another rank before giving up", 1800.0)
-    dry_run: bool = opt("print the resolved configuration as JSON and stop", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.refuse_recompute()
+        self.refuse_moe()
+        self.refuse_fp8(self.precision)
+        self.refuse_overlap(self)
         for flag in (
             "seq_length",
             "micro_batch_size",
@@ -88,11 +86,14 @@ class TrainOptions(Parallel):
             "give one of --model (weights to start from) and --init-from (config.json for random ones)": (
                 (self.model is None) == (self.init_from is None)
             ),
+            "--lora-rank and --lora-from need --model, whose weights the adapters are for": (
+                self.adapts and self.model is None
+            ),
+            "--mtp-loss-weight: not with adapters; layers for multi-token prediction get none": (
+                self.adapts and self.mtp_loss_weight > 0
+            ),
             f"--save {self.save}: is the folder of --model; name another one": (
                 self.model is not None and self.model.resolve() == self.save.resolve()
-            ),
-            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce": (
-                self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce)
             ),
             "--lr-schedule wsd and --lr-wsd-decay-iters need each other": (
                 (self.lr_schedule == "wsd") != bool(self.lr_wsd_decay_iters)
@@ -104,8 +105,11 @@ class TrainOptions(Parallel):
             "--lr-warmup-iters": (self.lr_wsd_decay_iters or 0) > decay - self.lr_warmup_iters,
             f"--lr {self.lr}: must be above 0": not self.lr > 0,
             f"--mtp-loss-weight {self.mtp_loss_weight}: must be 0 or more": not self.mtp_loss_weight >= 0,
-            f"--mtp-loss-weight needs --recompute-layers 1, found {self.recompute_layers}": (
-                self.mtp_loss_weight > 0 and self.recompute == "full" and self.recompute_layers != 1
+            f"--etp {self.etp}: above --tp {self.tp}, experts do not train as in one process (loss off by 1e-2)": (
+                self.expert_tp > self.tp
+            ),
+            f"--mtp-loss-weight needs --recompute-unit 1, found {self.recompute_unit}": (
+                self.mtp_loss_weight > 0 and self.recompute_unit != 1
             ),
             f"--min-lr {self.min_lr}: must be between 0 and --lr {self.lr}": not 0 <= self.min_lr <= self.lr,
             f"--seq-length {self.seq_length}: must be divisible by 2 x --cp": (
@@ -117,6 +121,11 @@ class TrainOptions(Parallel):
         }
         for message in (text for text, wrong in refused.items() if wrong):
             raise ValueError(message)
+
+    @property
+    def pass_shape(self) -> tuple[int, int]:
+        """Tokens of a sample and samples, as the layers meet them in a forward pass."""
+        return self.seq_length, self.micro_batch_size
 
     @property
     def log_path(self) -> Path:

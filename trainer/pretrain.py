@@ -3,18 +3,19 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megapatch.models.cli import run, versions
-from megapatch.trainer.options import PretrainOptions
+from megapatch.models.cli import UserError, run
+from megapatch.trainer.options import PretrainOptions, TrainOptions
 
 if TYPE_CHECKING:
     from megapatch.models.device import Device
     from megapatch.models.family import HfConfig
     from megapatch.models.tokenizer import Tokenizer
     from megapatch.trainer.checkpoint import Source
+    from megapatch.trainer.describe import Description
     from megapatch.trainer.loop import Trainer
     from megapatch.trainer.metrics import Log
     from megapatch.trainer.session import Session
@@ -36,30 +37,54 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(options: PretrainOptions) -> None:
     """Train as the options say; resumes from the newest checkpoint in --save."""
+    train(options, PRETRAINING)
+
+
+def train(options: TrainOptions, kind: "Kind") -> None:
+    """A run of this kind of training, from its options to its last checkpoint."""
     from megapatch.trainer import signals
 
     signals.listen()
     from megapatch.models import device, parallel
+    from megapatch.trainer import disk, locks
+    from megapatch.trainer.overlap import connections
     from megapatch.trainer.ranks import first, naming_lost_peers, told_once_per_node
+    from megapatch.trainer.watchdog import watching
 
+    queues, why = connections(options)
     with told_once_per_node():
-        found = device.start(options.device)
-        plan = make_plan(options)
+        told = device.set_connections(queues)  # before the GPU is used
+        found = device.start("auto" if options.dry_run else options.device)  # a plan may be for another machine
+        plan = make_plan(options, kind)
+        described = plan.describe(options)
+        described.refuse_too_large()
     if options.dry_run:
         if first():
-            print(json.dumps(_described(options, plan), indent=1))
+            _show(described, plan, found)
         return
     if plan.done:
         log.info("%s: all %d steps are done; nothing to do", options.save, options.train_iters)
         return
     log.info("device: %s, %s (%s)", found.kind, found.backend, found.reason)
+    if found.backend == "nccl":
+        log.info("%s (%s)", told, why)
     try:
-        with naming_lost_peers():
-            trainer, records = prepare(options, found, plan)
-            trainer.run()
+        with naming_lost_peers(), disk.naming(options.save):
+            trainer, records = prepare(options, found, plan, kind)
+            with watching(options):
+                trainer.run()
             records.close()
     finally:
         parallel.stop()
+        locks.release(options.save)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What one kind of training does otherwise than another."""
+
+    check: "Callable[[Any, Tokenizer, int], None]"  # refuses data that do not fit tokenizer or vocabulary size
+    trainer: "Callable[[Session, Log, Plan], Trainer]"  # the loop and its batches; every rank calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +99,21 @@ class Plan:
     data_parallel_size: int
     count: int  # micro-batches per step of each data-parallel rank
 
+    def describe(self, options: TrainOptions) -> "Description":
+        """What the run will be."""
+        from megapatch.trainer.describe import describe
 
-def make_plan(options: PretrainOptions) -> Plan:
+        return describe(options, self.hf, self.count)
+
+
+def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     """Read what the options name, and refuse what does not fit (UserError); joins no process group."""
-    from megapatch.models import core_files, family, parallel
+    from megapatch.models import core_files, family
     from megapatch.models.tokenizer import Tokenizer
     from megapatch.trainer import checkpoint, data
+    from megapatch.trainer.describe import processes
 
+    kind = kind or PRETRAINING
     resumed = checkpoint.newest(options.save)
     step = core_files.read_tracker(options.save)
     given = options.model or options.init_from
@@ -91,23 +124,30 @@ def make_plan(options: PretrainOptions) -> Plan:
     source = checkpoint.find_source(begin, None if resumed else options.tokenizer)
     hf, tokenizer = source.hf, Tokenizer(source.tokenizer, trust_remote_code=options.trust_remote_code)
     options.check_model(family.find(hf).transformer_config(hf))
-    data.check_data(options, tokenizer, family.vocab_size(hf))
-    size = options.data_parallel_size(parallel.world_size())
+    kind.check(options, tokenizer, family.vocab_size(hf))
+    size = options.data_parallel_size(processes(options))
     count = data.num_micro_batches(options, size)
     return Plan(source, hf, tokenizer, resumed, isinstance(step, int) and step >= options.train_iters, size, count)
 
 
-def prepare(options: PretrainOptions, device: "Device", plan: Plan) -> "tuple[Trainer, Log]":
+def prepare(options: TrainOptions, device: "Device", plan: Plan, kind: Kind | None = None) -> "tuple[Trainer, Log]":
     """Build everything up to the first step (every rank must call)."""
     from megapatch.trainer import checkpoint, session
 
     run_state = session.start(options, device, plan.hf, load=plan.resumed is None)
+    checkpoint.claim(options.save, plan.resumed)
     if plan.resumed is not None:
         checkpoint.resume(run_state, plan.resumed)
         log.info("resuming from %s", plan.resumed)
     records = _open_log(options)
     _record_start(run_state, records, plan)
-    return _trainer(run_state, records, plan), records
+    return (kind or PRETRAINING).trainer(run_state, records, plan), records
+
+
+def _check(options: PretrainOptions, tokenizer: "Tokenizer", vocab_size: int) -> None:
+    from megapatch.trainer import data
+
+    data.check_data(options, tokenizer, vocab_size)
 
 
 def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
@@ -116,15 +156,17 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
     from megapatch.models import family
     from megapatch.models.layers.spec import mixture_layers
     from megapatch.trainer import data
+    from megapatch.trainer.flops import flops_per_token
     from megapatch.trainer.loop import Trainer
-    from megapatch.trainer.metrics import flops_per_token
+    from megapatch.trainer.sample_places import Samples, in_corpus
 
     options, vocab_size = session.options, family.vocab_size(session.hf)
     assert isinstance(options, PretrainOptions)
-    train, valid = data.build_datasets(options, plan.tokenizer)
+    dataset, valid = data.build_datasets(options, plan.tokenizer)
+    train = Samples(dataset, in_corpus)
     batches = partial(data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)
     mixtures = sum(mixture_layers(session.config))
-    return Trainer(
+    trainer = Trainer(
         session,
         records=records,
         source=plan.source,
@@ -134,34 +176,43 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
         valid=lambda step: partial(batches, valid, first=step * options.global_batch_size),
         eval_steps=options.eval_iters if valid is not None else 0,
     )
+    trainer.samples = train
+    return trainer
 
 
-def _resolved(options: PretrainOptions) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
+PRETRAINING = Kind(_check, _trainer)
 
 
-def _described(options: PretrainOptions, plan: Plan) -> dict[str, Any]:
-    """The resolved configuration, for --dry-run."""
-    from megapatch.models.parallel import world_size
-    from megapatch.models.shapes import num_parameters
+def _show(described: "Description", plan: Plan, device: "Device") -> None:
+    """--dry-run: JSON to stdout, a table to stderr."""
+    from megapatch.trainer.describe import as_json, as_table
 
-    layout = {name: getattr(options, name) for name in ("tp", "pp", "vpp", "cp", "ep", "expert_tp")}
-    return {
-        "options": _resolved(options),
-        "layout": layout | {"data_parallel_size": plan.data_parallel_size, "world_size": world_size()},
-        "micro_batches_per_step": plan.count,
-        "tokens_per_step": options.global_batch_size * options.seq_length,
-        "parameters": num_parameters(plan.hf),
-        "resumes_from": plan.resumed and str(plan.resumed),
-        "model": dict(plan.hf),
-        "versions": versions(),
-    }
+    found = as_json(described, plan.resumed)
+    if described.options.dry_run_rank is not None:
+        found["built"] = _built(described, device)
+    print(json.dumps(found, indent=1))
+    log.info("\n%s", as_table(found))
 
 
-def _open_log(options: PretrainOptions) -> "Log":
+def _built(described: "Description", device: "Device") -> dict[str, int]:
+    """The part of --dry-run-rank, built without memory."""
+    from megapatch.models.build import ModelOptions
+    from megapatch.trainer.without_memory import parameters
+
+    options, rank = described.options, described.options.dry_run_rank
+    assert rank is not None
+    if rank >= described.world:
+        raise UserError(f"--dry-run-rank {rank}: ranks are 0 to {described.world - 1}")
+    further = {"mtp_num_layers": described.sizes.mtp_num_layers}
+    made = ModelOptions(options, device, options.precision, options.seq_length, further)
+    return {"rank": rank, "parameters": parameters(described.hf, made, described.world, rank)}
+
+
+def _open_log(options: TrainOptions) -> "Log":
     """The log of this process: rank 0 writes, the others are silent."""
     import torch.distributed as dist
 
+    from megapatch.trainer.describe import resolved
     from megapatch.trainer.metrics import JsonLines, Log, Sink, TensorBoard, WeightsAndBiases
     from megapatch.trainer.ranks import together
 
@@ -172,20 +223,21 @@ def _open_log(options: PretrainOptions) -> "Log":
             if options.tensorboard:
                 sinks.append(TensorBoard(options.tensorboard))
             if options.wandb:
-                sinks.append(WeightsAndBiases(options.wandb, _resolved(options)))
+                sinks.append(WeightsAndBiases(options.wandb, resolved(options)))
     return Log(sinks)
 
 
 def _record_start(session: "Session", records: "Log", plan: Plan) -> None:
     import torch.distributed as dist
 
+    from megapatch.trainer.describe import resolved
+
     log.info(f"{session.num_parameters:,} parameters on {dist.get_world_size()} processes")
     if plan.resumed:
         records.write("resume", step=session.step, consumed_samples=session.consumed_samples)
-    assert isinstance(session.options, PretrainOptions)
     records.write(
         "start",
-        config=_resolved(session.options),
+        config=resolved(session.options),
         world_size=dist.get_world_size(),
         parameters=session.num_parameters,
         resumed_from=session.step if plan.resumed else None,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from megapatch.models.cli import FAILED, USER_ERRNOS, UserError, tell_torchrun
-from megapatch.trainer import signals
+from megapatch.trainer import disk, signals
 
 
 def first() -> bool:
@@ -27,14 +27,14 @@ def told_once_per_node() -> Iterator[None]:
     """For checks before the process groups exist: processes of one node find the same mistake, the first one tells."""
     try:
         yield
-    except UserError:
+    except UserError as error:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
-            _let_the_first_tell()
-            raise SystemExit(FAILED) from None
+            let_the_first_tell()
+            raise SystemExit(error.status) from None
         raise
 
 
-def _let_the_first_tell(limit_s: float = 10) -> None:
+def let_the_first_tell(limit_s: float = 10) -> None:
     """Wait to be asked to leave: torchrun ends all processes, whatever they are about to say, when one ends."""
     end = time.monotonic() + limit_s
     while not signals.asked() and time.monotonic() < end:
@@ -49,24 +49,27 @@ def together() -> Iterator[None]:
     """
     import torch.distributed as dist
 
-    problem = None
+    problem, status = None, FAILED  # of this rank
     try:
         yield
     except UserError as error:
-        problem = str(error)
+        problem, status = str(error), error.status
     except OSError as error:
         if error.errno not in USER_ERRNOS:
             raise
         problem = f"{error.filename or 'output'}: {error.strerror}"
+        status = disk.EXIT_STATUS if error.errno in disk.ERRNOS else FAILED
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, problem)
-    for rank, text in enumerate(found):
+    dist.all_gather_object(found, (problem, status))
+    for rank, (text, status) in enumerate(found):
         if text:
             told = text if rank == 0 else f"rank {rank}: {text}"
             if dist.get_rank() != 0:
                 tell_torchrun(told)
-                raise SystemExit(FAILED)
-            raise UserError(told)
+                raise SystemExit(status)
+            told_here = UserError(told)
+            told_here.status = status
+            raise told_here
 
 
 @contextmanager

@@ -1,17 +1,17 @@
 """Everything that a training run holds: model, optimizer, schedule, on this process's part of the layout."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megapatch.models import core_files, parallel
 from megapatch.models.build import DTYPES, ModelOptions, build
@@ -19,11 +19,12 @@ from megapatch.models.cli import UserError
 from megapatch.models.device import Device, seed_everything
 from megapatch.models.family import HfConfig, find
 from megapatch.models.held import plain
+from megapatch.models.layers import backends, spec
 from megapatch.models.load import load_weights
 from megapatch.models.shapes import num_parameters
-from megapatch.trainer import optimizer_state
+from megapatch.trainer import adapters, experts, optimizer_state
 from megapatch.trainer.options import TrainOptions
-from megapatch.trainer.ranks import together, warn
+from megapatch.trainer.ranks import first, together, warn
 
 log = logging.getLogger(__name__)
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}  # ours: megatron-core's
@@ -43,11 +44,17 @@ class Session:
     step: int = 0  # optimizer steps done
     consumed_samples: int = 0
     updates: int = 0  # steps that changed the parameters: the others had numbers that are not finite
+    base: adapters.Base | None = None  # with --lora-rank: the weights that the adapters are for
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, a tied embedding counted once."""
         return num_parameters(self.hf if self.config.mtp_num_layers else plain(self.hf))
+
+    @property
+    def num_saved(self) -> int:
+        """Parameters that are trained, and that checkpoints hold."""
+        return adapters.num_trained(self.hf, self.options) or self.num_parameters
 
     @property
     def models(self) -> list[Any]:
@@ -56,16 +63,19 @@ class Session:
 
 
 def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) -> Session:
-    """Join the process groups and build the run; with ``load``, with the weights of --model."""
+    """Join the process groups and build the run; with ``load`` or adapters, with the weights of --model."""
     parallel.start(options, device, timeout_s=options.timeout_s)
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # megatron-core keeps it from earlier uses in this process
+    experts.forget()
     seed_everything(options.seed, parallel_state.get_pipeline_model_parallel_rank())
+    layers = replace(device, transformer_engine=False) if options.lora else device  # adapters go beside core's own
     with together():
         models = build(
-            hf, ModelOptions(options, device, options.precision, options.seq_length, _overrides(options, hf))
+            hf, ModelOptions(options, layers, options.precision, options.seq_length, _overrides(options, layers, hf))
         )
-    if load and options.model is not None:
+    if (load or options.lora) and options.model is not None:
         _load(models, options.model, hf)
+    base = adapters.add(models, hf, options)
+    _tell_attention(backends.choose(models[0].config, models, layers))
     config: TransformerConfig = models[0].config
     chunks = [_wrap(options, config, model, first=i == 0) for i, model in enumerate(models)]
     optimizer = get_megatron_optimizer(
@@ -73,7 +83,15 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
     )
     optimizer_state.allocate(optimizer)
     _connect(config, chunks, optimizer, options)
-    return Session(options, device, hf, config, chunks, optimizer, _schedule(options, optimizer))
+    return Session(options, device, hf, config, chunks, optimizer, _schedule(options, optimizer), base=base)
+
+
+def _tell_attention(choice: backends.Choice) -> None:
+    """Log the attention backend and why it is that; without a fused kernel a warning."""
+    if not choice.fused:
+        warn(log, "attention: %s: it builds all scores, [s, s] per head (%s)", choice.name, choice.reason)
+    elif first():
+        log.info("attention: %s (%s)", choice.name, choice.reason)
 
 
 def _load(models: list[torch.nn.Module], source: Path, hf: HfConfig) -> None:
@@ -87,7 +105,7 @@ def _load(models: list[torch.nn.Module], source: Path, hf: HfConfig) -> None:
             load_weights(models, source, hf)
 
 
-def _overrides(options: TrainOptions, hf: HfConfig) -> dict[str, Any]:
+def _overrides(options: TrainOptions, device: Device, hf: HfConfig) -> dict[str, Any]:
     """TransformerConfig fields that training sets."""
     fields: dict[str, Any] = {"calculate_per_token_loss": True}  # the loss does not depend on how a batch is cut
     count = find(hf).transformer_config(hf).get("mtp_num_layers")
@@ -99,11 +117,17 @@ def _overrides(options: TrainOptions, hf: HfConfig) -> dict[str, Any]:
         warn(
             log, "layers for multi-token prediction are left out, from checkpoints too (--mtp-loss-weight trains them)"
         )
-    if options.recompute == "full":
-        fields |= {"recompute_granularity": "full", "recompute_method": "uniform"}
-        fields["recompute_num_layers"] = options.recompute_layers
-    elif options.recompute == "selective":
-        fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if options.lora and find(hf).transformer_config(hf).get("moe_router_enable_expert_bias"):
+        fields["moe_router_bias_update_rate"] = 0.0  # what is not trained stays as it is
+    model = find(hf).transformer_config(hf)
+    special = spec.resolve(find(hf).modules(hf))
+    engine = device.transformer_engine and not special.special
+    reason = "the layers of this run are not its" if device.transformer_engine else device.no_engine
+    own_layer = special.layer is not TransformerLayer
+    fields |= options.recompute_config(model, own_layer=own_layer, engine=engine and options.moe_grouped_gemm)
+    fields |= options.moe_config(model, engine=engine)
+    fields |= options.fp8_config(engine=engine, why_not=reason)
+    fields |= options.overlap_config(engine=engine, why_not=reason)
     return fields
 
 
@@ -128,11 +152,15 @@ def optimizer_config(options: TrainOptions) -> OptimizerConfig:
 def _wrap(
     options: TrainOptions, config: TransformerConfig, model: torch.nn.Module, first: bool
 ) -> DistributedDataParallel:
+    on_gloo = torch.distributed.get_backend() == "gloo"  # whose reduce-scatter sends all to everyone
+    by_exchange = on_gloo and options.use_distributed_optimizer and options.overlap_grad_reduce
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap_grad_reduce,
         overlap_param_gather=options.overlap_param_gather,
         use_distributed_optimizer=options.use_distributed_optimizer,
+        bucket_size=options.ddp_bucket_size,
+        reduce_scatter_with_fp32_accumulation=by_exchange,
     )
     return DistributedDataParallel(config, ddp, model, disable_bucketing=not first)
 
@@ -140,7 +168,7 @@ def _wrap(
 def _connect(config: TransformerConfig, chunks: list[Any], optimizer: Any, options: TrainOptions) -> None:
     """Tell megatron-core's schedules how gradients are scaled and reduced."""
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = experts.finalize
     if options.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]

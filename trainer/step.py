@@ -10,15 +10,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
-from megapatch.models.layers.spec import mixture_layers
+from megapatch.trainer import experts
 from megapatch.trainer.session import Session
 
-BALANCING = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}  # upstream's names
-Batches = Callable[[], Iterator[dict[str, Tensor]]]  # a fresh iterator over this rank's micro-batches
+Batches = Callable[[], Iterator[dict[str, Any]]]  # a fresh iterator over this rank's micro-batches
 
 
 @dataclass(frozen=True)
@@ -31,31 +29,50 @@ class StepResult:
     extra: dict[str, float]
 
 
-def _loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Token losses [b, s] and their mask -> sum of losses, number of tokens (int32), both for the log [2]."""
+def _loss(
+    loss_mask: Tensor,
+    output: Tensor,
+    *,
+    scale: float = 1.0,
+    count: Tensor | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token losses [b, s] and their mask -> sum of losses, number of tokens (int32), both for the log [2].
+
+    megatron-core divides gradients by the number of tokens of the global batch, an integer. Where tokens have weights,
+    ``count`` is the number instead, and ``scale`` is counts / weights of the global batch. ``watch`` sees both too.
+    """
+    if watch is not None:
+        watch(output.detach(), loss_mask)
     total = (output.float() * loss_mask).sum()
     tokens = loss_mask.sum()
-    return total, tokens.to(torch.int), torch.stack([total.detach(), tokens])
+    said = torch.stack([total.detach(), tokens])
+    return total * scale, (tokens if count is None else count).to(torch.int), said
 
 
-def forward(batches: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+def forward(batches: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
     """megatron-core's forward step: the model's token losses, and the function that reduces them."""
     batch = next(batches)
+    more = {"packed_seq_params": batch["packed"]} if "packed" in batch else {}
     output = model(  # the mask is for layers of multi-token prediction
-        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
+        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"], **more
     )
-    return output, partial(_loss, batch["loss_mask"])
+    return output, partial(_loss, batch["loss_mask"], **batch.get("weighing", {}))
 
 
-def run_batches(session: Session, batches: Batches, count: int, *, train: bool) -> tuple[float, int]:
-    """Run ``count`` micro-batches, with gradients if ``train``; mean loss per token and tokens of the global batch."""
+def run_batches(session: Session, batches: Batches, count: int, *, train: bool) -> tuple[float, float]:
+    """Run ``count`` micro-batches, with gradients if ``train``; mean loss per token and tokens of the global batch.
+
+    Where tokens have weights: the weighted mean, and the sum of weights.
+    """
+    seq_length, samples = session.options.pass_shape
     parts = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[batches() for _ in session.chunks] if len(session.chunks) > 1 else batches(),
         model=session.chunks,
         num_microbatches=count,
-        seq_length=session.options.seq_length,
-        micro_batch_size=session.options.micro_batch_size,
+        seq_length=seq_length,
+        micro_batch_size=samples,
         forward_only=not train,
     )
     sums = torch.zeros(2, dtype=torch.float64, device=session.device.torch)
@@ -63,7 +80,7 @@ def run_batches(session: Session, batches: Batches, count: int, *, train: bool) 
         sums += torch.stack(parts).double().sum(0)
     torch.distributed.all_reduce(sums)
     total, tokens = sums.tolist()
-    return total / max(tokens, 1), round(tokens)
+    return total / tokens if tokens else 0.0, tokens
 
 
 def train_step(session: Session, batches: Batches, count: int) -> StepResult:
@@ -74,7 +91,11 @@ def train_step(session: Session, batches: Batches, count: int) -> StepResult:
     session.optimizer.zero_grad()
     loss, tokens = run_batches(session, batches, count, train=True)
     norm = update(session) if math.isfinite(loss) else None
-    return StepResult(loss, norm, tokens, _mixture_losses(session, count) | _prediction_losses(session, count))
+    if norm is None:
+        experts.undo_bias(session.models)
+    extra = experts.losses(session.config, session.step, count)
+    extra |= experts.load(session.config, session.models, session.device.torch)
+    return StepResult(loss, norm, round(tokens), extra | _prediction_losses(session, count))
 
 
 def update(session: Session) -> float | None:
@@ -94,28 +115,6 @@ def update(session: Session) -> float | None:
     return norm
 
 
-def _mixture_losses(session: Session, count: int) -> dict[str, float]:
-    """Load-balancing losses of a mixture of experts, averaged over layers and micro-batches; empty for a dense one."""
-    config = session.config
-    if config.num_moe_experts is None:
-        return {}
-    totals: dict[str, Tensor] = {}
-    further = config.mtp_num_layers or 0
-    name = BALANCING[config.moe_router_load_balancing_type]
-    track_moe_metrics(
-        1 / count,
-        session.step,
-        total_loss_dict=totals,
-        force_initialize=True,
-        track_names=[name],
-        num_layers=config.num_layers + further,
-        moe_layer_freq=[int(mixture) for mixture in mixture_layers(config)],
-        mtp_num_layers=further,
-    )
-    clear_aux_losses_tracker()
-    return {name: float(value) for name, value in totals.items()}
-
-
 def _prediction_losses(session: Session, count: int) -> dict[str, float]:
     """Loss of each layer that predicts later tokens, averaged over micro-batches and ranks; empty without them."""
     layers = session.config.mtp_num_layers or 0
@@ -129,19 +128,27 @@ def _prediction_losses(session: Session, count: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(session: Session, batches: Callable[[int], Batches], steps: int, count: int) -> float:
-    """Mean loss per token over ``steps`` global batches, without dropout; parameters and gradients stay."""
+def evaluate(session: Session, batches: Callable[[int], Batches | None], steps: int, count: int) -> float | None:
+    """Mean loss per token over ``steps`` global batches, without dropout; parameters and gradients stay.
+
+    None where ``batches``, which all ranks agree on, gives none: the evaluation is cut short.
+    """
     gathering = session.options.overlap_param_gather
     for chunk in session.chunks:
         if gathering:
             chunk.disable_forward_pre_hook()
         chunk.eval()
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0.0
+    given: Batches | None = None
     for step in range(steps):
-        loss, n = run_batches(session, batches(step), count, train=False)
+        if (given := batches(step)) is None:
+            break
+        loss, n = run_batches(session, given, count, train=False)
         total, tokens = total + loss * n, tokens + n
     for chunk in session.chunks:
         chunk.train()
         if gathering:
             chunk.enable_forward_pre_hook()
-    return total / max(tokens, 1)
+    if given is None:
+        return None
+    return total / tokens if tokens else 0.0

@@ -9,9 +9,11 @@ Shape letters: s sequence, b batch, n query heads of this process, c size of the
 r rotated part of a key, w a head's value.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -20,6 +22,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
@@ -44,11 +47,15 @@ class LatentNorm(RMSNorm):
 
 
 class LatentCoreAttention(SdpaAttention):
-    """Values of another head size than queries and keys, which flash-attn does not take."""
+    """Values of smaller heads than queries and keys: widened by zeros, as fused kernels take one size only."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.flash = None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
+        wide = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
+        return super()._attend(q, k, wide, visible, causal)[..., : v.shape[-1]]
 
 
 class LatentAttention(MLASelfAttention):
@@ -66,21 +73,41 @@ class LatentAttention(MLASelfAttention):
         """[s, b, h] -> q, k [s, b, n, p+r], v [s, b, n, w], without b when packed; and two that nobody reads."""
         length = self.rotary_pos_emb.get_rotary_seq_len(None, None, hidden_states, self.config, packed_seq_params)
         table, scale = self._table(length, packed=packed_seq_params is not None)
-        query = self._query(hidden_states)
         latent, rotated = self._latent(hidden_states)
         rotated = copy_to_tensor_model_parallel_region(rotated)  # its gradient is the sum over all heads
         if self.config.sequence_parallel:
             latent = scatter_to_sequence_parallel_region(latent)
+        up = partial(self._up, table=table, scale=scale, packed=packed_seq_params)
+        given = self._query_latent(hidden_states), latent, rotated
+        if self.recompute_up_proj and self.training:
+            self.qkv_up_checkpoint = CheckpointWithoutOutput(fp8=self.config.fp8)  # upstream drops its output
+            query, key, value = self.qkv_up_checkpoint.checkpoint(up, *given)
+        else:
+            query, key, value = up(*given)
+        return query, key, value, None, None
+
+    def _up(
+        self,
+        query: Tensor,
+        latent: Tensor,
+        rotated: Tensor,
+        *,
+        table: Tensor,
+        scale: float,
+        packed: PackedSeqParams | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``_query_latent`` and ``_latent`` give -> q, k [s, b, n, p+r], v [s, b, n, w], each with its memory."""
+        query = self._up_query(query)
         up, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
         up = up.view(*up.shape[:2], self.num_attention_heads_per_partition, -1)
         bounds = None
-        if packed_seq_params is not None:
+        if packed is not None:
             query, up, rotated = (x.squeeze(1) for x in (query, up, rotated))
-            bounds = bounds_of(packed_seq_params)
+            bounds = bounds_of(packed)
         part, value = up.split([self.config.qk_head_dim, self.config.v_head_dim], dim=-1)
         query, rotated = self._rotate(query, table, scale, bounds), self._rotate(rotated, table, scale, bounds)
         key = torch.cat([part, rotated.expand(*part.shape[:-1], -1)], dim=-1)
-        return query, key, value.contiguous(), None, None
+        return query, key, value.contiguous()
 
     def forward(
         self,
@@ -110,12 +137,20 @@ class LatentAttention(MLASelfAttention):
 
     def _query(self, hidden: Tensor) -> Tensor:
         """[s/tp, b, h] -> [s, b, n, p+r]"""
+        return self._up_query(self._query_latent(hidden))
+
+    def _query_latent(self, hidden: Tensor) -> Tensor:
+        """[s/tp, b, h] -> latent vectors of queries before their norm; ``hidden`` where there are none"""
         if self.config.q_lora_rank is None:
-            query, _ = self.linear_q_proj(hidden)
+            return hidden
+        latent = self._whole(self.linear_q_down_proj, hidden)
+        return scatter_to_sequence_parallel_region(latent) if self.config.sequence_parallel else latent
+
+    def _up_query(self, latent: Tensor) -> Tensor:
+        """What ``_query_latent`` gives -> [s, b, n, p+r]"""
+        if self.config.q_lora_rank is None:
+            query, _ = self.linear_q_proj(latent)
         else:
-            latent = self._whole(self.linear_q_down_proj, hidden)
-            if self.config.sequence_parallel:
-                latent = scatter_to_sequence_parallel_region(latent)
             query, _ = self.linear_q_up_proj(self.q_layernorm(latent))
         return query.view(*query.shape[:2], self.num_attention_heads_per_partition, self.q_head_dim)
 

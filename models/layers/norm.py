@@ -14,19 +14,26 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        out = wide.pow(2)
+        scale = torch.rsqrt(out.mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype) * weight
+        normed = torch.mul(wide, scale, out=out).to(x.dtype)
+        return normed.mul_(weight) if normed.dtype == weight.dtype else normed * weight
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With n the normed x and g the gradient: scale * (g * w - n * mean(g * w * n)), two temporaries."""
         x, weight, scale = ctx.saved_tensors
-        grad = grads[0].float()
+        grad, wide_weight = grads[0].float(), weight.float()
         normed = x.float() * scale
-        grad_weight = (grad * normed.to(x.dtype)).reshape(-1, x.shape[-1]).sum(0)
-        grad_normed = grad * weight.float()
-        grad_x = scale * (grad_normed - normed * (grad_normed * normed).mean(-1, keepdim=True))
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        product = grad * normed.to(x.dtype)
+        grad_weight = product.reshape(-1, x.shape[-1]).sum(0)
+        if x.dtype != torch.float32:
+            torch.mul(grad, normed, out=product)  # not of what was rounded
+        mean = torch.matmul(product, wide_weight).div_(x.shape[-1]).unsqueeze(-1)
+        normed.mul_(mean)
+        torch.mul(grad, wide_weight, out=product).sub_(normed).mul_(scale)
+        return product.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class RMSNorm(torch.nn.Module):

@@ -62,6 +62,19 @@ def _padded(x: Tensor, rows: int) -> Tensor:
     return F.pad(x, [0, 0] * (x.dim() - 1) + [0, int(rows) - x.shape[0]])
 
 
+def keep_inputs_only(self: Any, fp8: Any = False) -> None:
+    """A checkpoint that discards its output; ``fp8``: whether the function multiplies in 8 bits."""
+    self.fp8 = bool(fp8)
+    self.run_function = self.ctx = self.outputs = None
+    self.fwd_cpu_rng_state = self.fwd_cuda_rng_state = self.fwd_cuda_rng_state_tracker = None
+
+
+NO_ENGINE_PATCH = Patch(
+    "megatron.core.tensor_parallel.random:CheckpointWithoutOutput.__init__",
+    keep_inputs_only,
+    "72036565b771",
+    "its default, False, is taken for FP8 ('is not None'), and asks Transformer Engine, which is not there",
+)
 CPU_PATCHES = (
     Patch(
         "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
@@ -103,6 +116,7 @@ def tell_missing_engine() -> None:
 
     if not isinstance(multi_latent_attention.TELinear, type):  # made of stand-ins for the missing package
         multi_latent_attention.HAVE_TE = False
+    apply((NO_ENGINE_PATCH,))
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 

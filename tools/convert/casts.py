@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 from megapatch.models.torch_save import ITEM_BYTES
 
 if TYPE_CHECKING:
-    from numpy import ndarray
+    from numpy import floating, ndarray
+
+
+def float32(value: float) -> "floating":
+    """A number as float32, so that arrays of these stay such."""
+    import numpy as np
+
+    return np.float32(value)
 
 
 def stored(raw: "ndarray", dtype: str) -> "ndarray":

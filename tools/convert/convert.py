@@ -14,7 +14,7 @@ from megapatch.models import core_files, hf_files
 from megapatch.models.cli import Common, UserError, opt, run
 from megapatch.models.commit import verify
 from megapatch.models.parallel import Parallel
-from megapatch.tools.convert import to_core, to_hf, to_legacy
+from megapatch.tools.convert import lora, to_core, to_hf, to_legacy
 from megapatch.tools.convert.compare import compare
 from megapatch.tools.convert.from_core import CoreSource
 from megapatch.tools.convert.from_hf import HfSource
@@ -32,6 +32,8 @@ EXAMPLES = """examples:
   mp-convert --source qwen3-core --target qwen3-mp --to legacy --tp 2 --pp 2   # one file for each rank
   mp-convert --source DeepSeek-V3 --target v3-core --chunk tp=8,pp=4,ep=8      # FP8 to bf16, cut for this layout
   mp-convert --source Qwen3-0.6B --target qwen3-core --verify      # it exists by now: compared, tensor by tensor
+  mp-convert --source runs/lora --target qwen3-tuned --merge-lora  # adapters, added to the weights they belong to
+  mp-convert --source runs/lora --target adapter --to peft         # or by themselves, for peft
   mp-convert --source qwen3-core --target /tmp/x --dry-run | head   # what would be copied from where
 """
 
@@ -52,9 +54,15 @@ class Options(Common):
 
     source: Path = opt("a Hugging Face folder, a checkpoint, or a folder of checkpoints with a tracker")
     target: Path = opt("folder to write; appears when complete")
-    to: Literal["auto", "core", "hf", "legacy"] = opt(
-        "what to write; auto: core of a Hugging Face folder, else hf", "auto"
+    to: Literal["auto", "core", "hf", "legacy", "peft"] = opt(
+        "what to write; auto: core of a Hugging Face folder, else hf; peft: the adapters of a run with --lora-rank",
+        "auto",
     )
+    merge_lora: bool = opt(
+        "of a run with --lora-rank: add its adapters to the weights that they belong to, in float32 before the cast",
+        False,
+    )
+    base: Optional[Path] = opt("for --merge-lora: those weights, if they are not where the run found them", None)
     config: Optional[Path] = opt(
         "Hugging Face folder with config.json and tokenizer, for a checkpoint that carries none", None
     )
@@ -108,6 +116,12 @@ class Options(Common):
             shard_bytes(self.max_shard_size)
         if self.chunk is not None:
             chunk_layout(self.chunk)
+        if self.base is not None and not self.merge_lora:
+            raise ValueError("--base needs --merge-lora")
+        if self.merge_lora and self.to == "peft":
+            raise ValueError("--merge-lora: not with --to peft, which keeps adapters by themselves")
+        if self.config is not None and (self.merge_lora or self.to == "peft"):
+            raise ValueError("--config: not for adapters, which carry their own")
         if self.verify and self.dry_run:
             raise ValueError("--verify: not with --dry-run, which neither writes nor reads weights")
         self.layout()
@@ -124,6 +138,7 @@ class Options(Common):
         return _layout({name: getattr(self, name) for name in _SIZES})
 
 
+_FOLDERS = ("hf", "peft")  # targets without a tracker
 _SIZES = ("tp", "pp", "vpp", "ep", "etp")
 _ONLY = {  # option -> the targets for which it can take effect
     **dict.fromkeys((*_SIZES, "experts"), ("legacy",)),
@@ -166,14 +181,15 @@ def convert(options: Options) -> None:
     """Plan, then copy into a staged folder that takes the target's name when complete."""
     kind, source = kind_of(options.source)
     to = options.to if options.to != "auto" else "core" if kind == "hf" else "hf"
+    adapters = options.merge_lora or to == "peft"
     _refuse_options(options, kind, to)
+    _refuse_adapters(source, adapters)
     root = options.target
-    target = root if to == "hf" else core_files.iteration_folder(root, core_files.RELEASE)
+    target = root if to in _FOLDERS else core_files.iteration_folder(root, core_files.RELEASE)
     refuse_overlap(source, target, root)
     if not verify(source, digests=not (options.skip_digests or options.dry_run)) and kind != "hf":
         log.warning("%s: no manifest.json; its content cannot be verified", source)
-    with opened(kind, source, options.config) as weights:
-        plan = _plan(options, to, weights)
+    plan = _plan_of_adapters(options, to, source) if adapters else _plan_of_weights(options, to, kind, source)
     for note in plan.notes:
         log.info("%s", note)
     if options.dry_run:
@@ -181,7 +197,7 @@ def convert(options: Options) -> None:
         return
     if not options.verify or options.force or not any(target.glob("*")):
         about = {"source": str(options.source), "dtype": options.dtype, "to": to} | options.given()
-        name_it = (lambda: None) if to == "hf" else lambda: core_files.write_tracker(root, core_files.RELEASE)
+        name_it = (lambda: None) if to in _FOLDERS else lambda: core_files.write_tracker(root, core_files.RELEASE)
         write(plan, target, root=root, force=options.force, jobs=options.jobs, about=about, name_it=name_it)
     if options.verify:
         with Progress(sum(entry.size for entry in plan.entries)) as progress:
@@ -199,6 +215,33 @@ def _refuse_options(options: Options, kind: str, to: str) -> None:
     for name in ("make_vocab_size_divisible_by", "spec"):
         if to == "core" and getattr(options, name) is not None and options.chunk is None:
             raise UserError(f"--{name.replace('_', '-')}: needs --chunk; weights that are whole fit every model")
+
+
+def _refuse_adapters(source: Path, asked: bool) -> None:
+    """Refuse adapters where weights are expected, and the other way round (UserError)."""
+    if bool(lora.said_of(source)) != asked:
+        raise UserError(
+            f"{source}: holds no adapters; --merge-lora and --to peft are for runs with --lora-rank"
+            if asked
+            else f"{source}: holds adapters, not weights; give --merge-lora, or --to peft for the adapters alone"
+        )
+
+
+def _plan_of_weights(options: Options, to: str, kind: str, source: Path) -> Plan:
+    with opened(kind, source, options.config) as weights:
+        return _plan(options, to, weights)
+
+
+def _plan_of_adapters(options: Options, to: str, source: Path) -> Plan:
+    said = lora.said_of(source)
+    assert said is not None, "refused before"
+    with core_files.Checkpoint(source) as checkpoint:
+        adapters = lora.Adapters(checkpoint, said)
+        if to == "peft":
+            return lora.plan(adapters, options.dtype)
+        digests = not (options.skip_digests or options.dry_run)
+        with lora.merged(adapters, options.base, opened, digests=digests) as weights:
+            return _plan(options, to, weights)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import xxhash
 from megapatch.models import commit
 from megapatch.models.cli import UserError
 from megapatch.tools.convert.execute import LAST, Written
-from megapatch.tools.convert.plan import Copy, Literal, Plan
+from megapatch.tools.convert.plan import Copy, Delta, Literal, Plan
 
 log = logging.getLogger(__name__)
 NOTED_BYTES = 1 << 20  # smaller files are sooner written again than noted
@@ -34,17 +34,23 @@ def identity(plan: Plan, sources: Mapping[str, Sequence[object]]) -> str:
         if isinstance(entry, Literal):
             state.update(f"{entry.file} {entry.offset} {entry.size} ".encode() + entry.data)
         else:
-            parts = [(str(part.source), *part[1:]) for part in entry.parts]
+            parts = [(str(part.source), *part[1:-1], *_identity(part.delta)) for part in entry.parts]
             scale = entry.scale and (str(entry.scale.source), *entry.scale[1:])
             state.update(repr((*entry._replace(parts=(), scale=None), parts, scale)).encode())
     state.update(repr(sorted(sources.items())).encode())
     return state.hexdigest()
 
 
+def _identity(delta: Delta | None) -> tuple[object, ...]:
+    return delta.identity() if delta else ()
+
+
 def sources(plan: Plan) -> dict[str, Sequence[object]]:
     """Where each source of the plan really is, its bytes and the time of its last change."""
     paths = {part.source for entry in plan.entries if isinstance(entry, Copy) for part in entry.parts}
     paths |= {entry.scale.source for entry in plan.entries if isinstance(entry, Copy) and entry.scale}
+    added = {id(delta.low): delta for e in plan.entries if isinstance(e, Copy) for delta in e.deltas}
+    paths |= {path for delta in added.values() for path in delta.sources()}
     stats = {path: path.stat() for path in paths}
     return {str(path): (os.path.realpath(path), s.st_size, s.st_mtime_ns) for path, s in stats.items()}
 

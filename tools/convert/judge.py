@@ -8,6 +8,7 @@ from typing import Any
 
 from megapatch.models import commit, core_files, family, hf_files
 from megapatch.models.cli import UserError
+from megapatch.tools.convert import lora
 from megapatch.tools.convert.convert import opened
 from megapatch.tools.convert.found import Contents
 
@@ -46,11 +47,26 @@ def _place_all(found: Contents, config: Path | None) -> bool | None:
         return None
     if any(item.file.endswith(".bin") for item in found.items):
         return None
+    if _place_adapters(found):
+        return True
     with opened(found.kind, found.folder, config) as source:
         for placed in source.model.layout.placed:
             weight = source.weight(placed)
             deque(weight.copies(weight.origin, "", 0, "float32"), maxlen=0)  # refuses gaps and overlaps
         found.notes += source.notes
+    return True
+
+
+def _place_adapters(found: Contents) -> bool:
+    """True where all adapters of a run with --lora-rank are there; False where these are weights; else a UserError."""
+    try:
+        said = lora.said_of(found.folder) if found.kind == "core" else None
+    except UserError:  # a damaged manifest, which _verify tells
+        said = None
+    if said is None:
+        return False
+    with core_files.Checkpoint(found.folder) as checkpoint:
+        found.notes += lora.plan(lora.Adapters(checkpoint, said), "auto").notes  # refuses gaps and overlaps
     return True
 
 

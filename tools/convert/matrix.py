@@ -14,7 +14,7 @@ from typing import NamedTuple
 from megapatch.models.cli import UserError
 from megapatch.models.cuts import Region
 from megapatch.models.torch_save import ITEM_BYTES
-from megapatch.tools.convert.plan import Copy, Part, Scale
+from megapatch.tools.convert.plan import Copy, Delta, Part, Scale
 
 
 class Rectangle(NamedTuple):
@@ -31,6 +31,7 @@ class Rectangle(NamedTuple):
     pitch: int
     turned: bool = False
     scale: Scale | None = None
+    delta: Delta | None = None
 
     def within(self, region: Region) -> "Rectangle | None":
         """What of it lies in a region, placed as the region's corner were the origin; None: nothing."""
@@ -42,6 +43,7 @@ class Rectangle(NamedTuple):
         down, right = row - self.row, column - self.column
         steps = (right, down) if self.turned else (down, right)
         scale = self.scale and self.scale._replace(row=self.scale.row + down, column=self.scale.column + right)
+        delta = self.delta and self.delta._replace(row=self.delta.row + steps[0], column=self.delta.column + steps[1])
         return self._replace(
             row=row - region.row,
             column=column - region.column,
@@ -49,6 +51,7 @@ class Rectangle(NamedTuple):
             columns=columns,
             offset=self.offset + steps[0] * self.pitch + steps[1] * ITEM_BYTES[self.dtype],
             scale=scale,
+            delta=delta,
         )
 
     def transposed(self) -> "Rectangle":
@@ -134,7 +137,7 @@ def _copy(name: str, file: str, offset: int, across: Sequence[Rectangle], dtype:
         raise UserError(f"{name}: pieces of different types side by side ({first.source}); save it in one type")
     height = gcd(*(r.columns for r in across)) if first.turned else first.rows
     parts = tuple(part for r in across for part in _parts(r, height))
-    if len(parts) == 1 and not (parts[0].pitch or first.turned or first.scale):
+    if len(parts) == 1 and not (parts[0].pitch or first.turned or first.scale or first.delta):
         parts, height = (parts[0]._replace(items=parts[0].items * height),), 1
     return Copy(name, file, offset, parts, height, first.dtype, dtype, first.turned, first.scale)
 
@@ -145,7 +148,8 @@ def _parts(rectangle: Rectangle, height: int) -> Iterator[Part]:
     gapless = rectangle.pitch == items * ITEM_BYTES[rectangle.dtype] or height == 1
     for row in range(0, rows, height):
         at = rectangle.offset + row * rectangle.pitch
-        yield Part(rectangle.source, at, items, 0 if gapless else rectangle.pitch)
+        delta = rectangle.delta and rectangle.delta._replace(row=rectangle.delta.row + row)
+        yield Part(rectangle.source, at, items, 0 if gapless else rectangle.pitch, delta)
 
 
 def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:
@@ -165,4 +169,4 @@ def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:
 
 
 def _plain(copy: Copy) -> bool:
-    return len(copy.parts) == 1 and copy.rows == 1 and not copy.transposed and copy.scale is None
+    return len(copy.parts) == 1 and copy.rows == 1 and not copy.transposed and not copy.computed

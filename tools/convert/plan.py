@@ -28,15 +28,6 @@ class Literal(NamedTuple):
         return {"file": self.file, "offset": self.offset, "bytes": self.size, "from": "header"}
 
 
-class Part(NamedTuple):
-    """Rows of ``items`` items each in ``source``: the first at byte ``offset``, the next ``pitch`` bytes later, ..."""
-
-    source: Path
-    offset: int
-    items: int
-    pitch: int = 0  # 0: one row right after the other
-
-
 class Scale(NamedTuple):
     """Block scales of a quantised tensor: item (r, c) of the copy is multiplied by scale[r // rows, c // columns].
 
@@ -52,6 +43,54 @@ class Scale(NamedTuple):
     column: int
     rows: int = 128
     columns: int = 128
+
+
+class LowRank(NamedTuple):
+    """What adapters add to a core weight: ``scale`` x B A. ``a`` [parts*rank, in] and ``b`` [out, rank] are copies to
+    float32; ``runs`` are the rows of the weight from the first: (place of their part in ``a``, -1: none; how many)."""
+
+    name: str
+    a: tuple["Copy", ...]
+    b: tuple["Copy", ...]
+    rank: int
+    scale: float
+    runs: tuple[tuple[int, int], ...]
+
+    def spans(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """(part, first row, last row + 1) for the rows from ``first`` to ``last`` - 1 that have an adapter."""
+        row = 0
+        for part, rows in self.runs:
+            low, high = max(first, row), min(last, row + rows)
+            if part >= 0 and low < high:
+                yield part, low, high
+            row += rows
+
+
+class Delta(NamedTuple):
+    """What adapters add to a part, whose first item is at a place in the weight; ``turned``: its columns are stored."""
+
+    low: LowRank
+    row: int  # of what is stored
+    column: int
+    turned: bool
+
+    def identity(self) -> tuple[Any, ...]:
+        """What decides the numbers, beside the content of the files."""
+        return (*self[1:], self.low.name, self.low.rank, self.low.scale)
+
+    def sources(self) -> set[Path]:
+        """The files with the adapters."""
+        return {part.source for copy in (*self.low.a, *self.low.b) for part in copy.parts}
+
+
+class Part(NamedTuple):
+    """Rows of ``items`` items each in ``source``: the first at byte ``offset``, the next ``pitch`` bytes later, ..."""
+
+    source: Path
+    offset: int
+    items: int
+    pitch: int = 0  # 0: one row right after the other
+    delta: Delta | None = None  # what is added to it
 
 
 class Copy(NamedTuple):
@@ -71,6 +110,16 @@ class Copy(NamedTuple):
     write: str = "uint8"
     transposed: bool = False
     scale: Scale | None = None
+
+    @property
+    def computed(self) -> bool:
+        """Whether numbers are computed with, not only cast."""
+        return self.scale is not None or self.deltas != []
+
+    @property
+    def deltas(self) -> list[Delta]:
+        """What is added to its parts."""
+        return [part.delta for part in self.parts if part.delta]
 
     @property
     def items(self) -> int:
@@ -106,6 +155,7 @@ class Copy(NamedTuple):
         said["from"] = origin if len(origin) > 1 else origin[0]
         said |= {"transposed": True} if self.transposed else {}
         said |= {"scale": {"file": str(self.scale.source), "offset": self.scale.offset}} if self.scale else {}
+        said |= {"adds": self.deltas[0].low.name} if self.deltas else {}
         return said | ({"cast": [self.read, self.write]} if self.read != self.write else {})
 
 

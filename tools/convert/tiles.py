@@ -15,7 +15,7 @@ from megapatch.models.commit import naming
 from megapatch.models.open_files import OpenFiles
 from megapatch.models.torch_save import ITEM_BYTES
 from megapatch.tools.convert import casts
-from megapatch.tools.convert.plan import Copy, Part, Scale
+from megapatch.tools.convert.plan import Copy, Delta, LowRank, Part, Scale
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -45,10 +45,20 @@ def tiles(copy: Copy, most_items: int) -> Iterator[Tile]:
             yield Tile(*b, *a) if copy.transposed else Tile(*a, *b)
 
 
+def _overlaps(copy: Copy, tile: Tile) -> Iterator[tuple[Part, tuple[int, int], slice, slice]]:
+    """What a tile has of each part: the row and column where that begins in the part; rows, columns in the tile."""
+    for part, top, left in copy.places():
+        row, last = max(tile.row, top), min(tile.row + tile.rows, top + copy.rows)
+        column, end = max(tile.column, left), min(tile.column + tile.columns, left + part.items)
+        if row < last and column < end:
+            rows, columns = slice(row - tile.row, last - tile.row), slice(column - tile.column, end - tile.column)
+            yield part, (row - top, column - left), rows, columns
+
+
 def flattened(copy: Copy) -> Copy:
     """The same copy as one row, where it is a mere range of its only source."""
     (first, *others) = copy.parts
-    if others or copy.transposed or copy.scale or _pitch(first, copy.read) != first.items * ITEM_BYTES[copy.read]:
+    if others or copy.transposed or copy.computed or _pitch(first, copy.read) != first.items * ITEM_BYTES[copy.read]:
         return copy
     return copy._replace(rows=1, parts=(first._replace(items=copy.rows * first.items, pitch=0),))
 
@@ -64,11 +74,12 @@ class Reader:
         self.sources = sources
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._band: ndarray | None = None
+        self._low: tuple[LowRank, ndarray, ndarray] | None = None  # the adapters used last
 
     def content(self, copy: Copy) -> Iterator[memoryview]:
         """The bytes of the target's range."""
         copy = flattened(copy)
-        if copy.rows == 1 and len(copy.parts) == 1 and copy.read == copy.write and copy.scale is None:
+        if copy.rows == 1 and len(copy.parts) == 1 and copy.read == copy.write and not copy.computed:
             yield from self._range(copy.parts[0].source, copy.parts[0].offset, copy.size)
         elif copy.transposed:
             for band in tiles(copy, BAND_BYTES // ITEM_BYTES[copy.write]):
@@ -101,10 +112,14 @@ class Reader:
     def _values(self, copy: Copy, tile: Tile) -> "ndarray":
         """The numbers of a tile as the target stores them, [rows, columns]."""
         bits = casts.stored(self._raw(copy, tile), copy.read)
-        if copy.scale is None:
+        if not copy.computed:
             return casts.cast(bits, copy.read, copy.write)
         values = casts.to_float32(bits, copy.read)
-        self._multiply(values, copy.scale, tile)
+        if copy.scale is not None:
+            self._multiply(values, copy.scale, tile)
+        for part, place, rows, columns in _overlaps(copy, tile):
+            if part.delta is not None:
+                self._add(values[rows, columns], part.delta, *place)
         return casts.from_float32(values, copy.write)
 
     def _raw(self, copy: Copy, tile: Tile) -> "ndarray":
@@ -113,15 +128,10 @@ class Reader:
 
         item = ITEM_BYTES[copy.read]
         made = np.empty((tile.rows, tile.columns * item), np.uint8)
-        for part, top, left in copy.places():
-            row, last = max(tile.row, top), min(tile.row + tile.rows, top + copy.rows)
-            column, end = max(tile.column, left), min(tile.column + tile.columns, left + part.items)
-            if row < last and column < end:
-                pitch = _pitch(part, copy.read)
-                into = made[
-                    row - tile.row : last - tile.row, (column - tile.column) * item : (end - tile.column) * item
-                ]
-                self._fill(into, part.source, part.offset + (row - top) * pitch + (column - left) * item, pitch)
+        for part, (row, column), rows, columns in _overlaps(copy, tile):
+            pitch = _pitch(part, copy.read)
+            into = made[rows, columns.start * item : columns.stop * item]
+            self._fill(into, part.source, part.offset + row * pitch + column * item, pitch)
         return made
 
     def _fill(self, into: "ndarray", path: Path, offset: int, pitch: int) -> None:
@@ -156,9 +166,32 @@ class Reader:
             start, end = max(0, number * scale.rows - top), (number + 1) * scale.rows - top
             values[start:end] *= scales[number - first].take(blocks)
 
+    def _add(self, stored: "ndarray", delta: Delta, row: int, column: int) -> None:
+        """Add what adapters say to float32 values that are stored from this row and column of the part; in place."""
+        low, a, b = self._factors(delta.low)
+        values = stored.T if delta.turned else stored
+        place = (delta.row + row, delta.column + column)
+        top, left = place[::-1] if delta.turned else place
+        rows, columns = values.shape
+        for part, first, last in low.spans(top, top + rows):
+            its = a[part * low.rank : (part + 1) * low.rank, left : left + columns]
+            values[first - top : last - top] += (b[first:last] @ its) * casts.float32(low.scale)
+
+    def _factors(self, low: LowRank) -> "tuple[LowRank, ndarray, ndarray]":
+        """The adapters as float32: A [parts*rank, in], B [out, rank]."""
+        import numpy as np
+
+        if self._low is None or self._low[0] is not low:
+            whole = (b"".join(bytes(piece) for copy in copies for piece in self.content(copy)) for copies in low[1:3])
+            a, b = (np.frombuffer(data, np.float32) for data in whole)
+            rows = sum(count for _, count in low.runs)
+            parts = 1 + max(part for part, _ in low.runs)
+            self._low = (low, a.reshape(parts * low.rank, -1), b.reshape(rows, low.rank))
+        return self._low
+
 
 def _most_items(copy: Copy) -> int:
-    computed = copy.read != copy.write or copy.scale is not None
+    computed = copy.read != copy.write or copy.computed
     return BUFFER_BYTES // (_COMPUTED_BYTES if computed else ITEM_BYTES[copy.read])
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from megapatch.models.family import find
 from megapatch.models.rules import Placed
 from megapatch.models.torch_save import ITEM_BYTES
 from megapatch.tools.convert.matrix import Matrix
-from megapatch.tools.convert.plan import Literal, Plan
+from megapatch.tools.convert.plan import Entry, Literal, Plan
 from megapatch.tools.convert.source import Model, Source, add_side_files, choose_dtype
 
 _SHARD_BYTES = 5 * 10**9
@@ -39,17 +39,22 @@ def plan(source: Source, dtype: str, max_shard_bytes: int | None) -> Plan:
     weights |= _repeated(source.model, weights)
     files = _files(source.model, weights, max_shard_bytes)
     for file, names in files.items():
-        described = hf_files.saved_order([weights[name][:3] for name in names])
-        header, offsets, _ = hf_files.header(described)
-        made.entries.append(Literal(file, 0, header))
-        for (name, kind, _), offset in zip(described, offsets, strict=True):
-            made.entries += weights[name].matrix.copies(name, file, offset, kind)
+        made.entries += file_of(file, weights, names)
     if list(files) != [hf_files.SINGLE]:
         sizes = {name: weight.size for name, weight in weights.items()}
         index = hf_files.index_json(files, sizes, sum(prod(weight.shape) for weight in weights.values()))
         made.entries.append(Literal(hf_files.INDEX, 0, _as_it_came(source.model, index)))
     add_side_files(source.model, made)
     return made.finish()
+
+
+def file_of(file: str, weights: Mapping[str, Weight], names: Sequence[str]) -> Iterator[Entry]:
+    """A .safetensors file with these weights, byte for byte as the library lays it out."""
+    described = hf_files.saved_order([weights[name][:3] for name in names])
+    header, offsets, _ = hf_files.header(described)
+    yield Literal(file, 0, header)
+    for (name, kind, _), offset in zip(described, offsets, strict=True):
+        yield from weights[name].matrix.copies(name, file, offset, kind)
 
 
 def _as_it_came(model: Model, index: bytes) -> bytes:

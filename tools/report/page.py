@@ -14,13 +14,14 @@ from megapatch.tools.report.style import CSS
 Lines = Sequence[dict[str, Any]]
 
 
-def page(title: str, runs: Sequence[Run], checks: Lines, steps: Lines) -> str:
+def page(title: str, runs: Sequence[Run], checks: Lines, steps: Lines, refresh: int | None = None) -> str:
     """A whole HTML document; the same input gives the same bytes."""
     parts = [
         f"<h1>{escape(title)}</h1>",
         banner(checks),
         section("What was verified", checks_table(checks) if checks else ""),
         section("Training", charts(runs) if runs else ""),
+        section("Differences between the runs", differences(runs)),
         section("Runs", runs_table(runs) + "".join(map(config, runs)) if runs else ""),
         section("Pipeline", steps_table(steps) if steps else ""),
         "<footer>mp-report · " + escape(" · ".join(f"{k} {v}" for k, v in versions().items())) + "</footer>",
@@ -28,7 +29,8 @@ def page(title: str, runs: Sequence[Run], checks: Lines, steps: Lines) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
+        + (f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "")
+        + f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
         + "\n".join(part for part in parts if part)
         + "\n</main></body></html>\n"
     )
@@ -103,6 +105,15 @@ def runs_table(runs: Sequence[Run]) -> str:
             ]
         )
     return table(heads, rows)
+
+
+def differences(runs: Sequence[Run]) -> str:
+    """Options whose values are not the same in all runs; '' for one run."""
+    settings = [(run.starts[0].get("config") or {}) if run.starts else {} for run in runs]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    unlike = [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
+    rows = [[f"<code>{escape(str(key))}</code>", *(as_text(each.get(key)) for each in settings)] for key in unlike]
+    return table(["option", *(escape(run.label) for run in runs)], rows) if rows else ""
 
 
 def _count(value: Any) -> str:

@@ -12,6 +12,7 @@ from megapatch.models.cli import FAILED, OK, Common, opt, run
 log = logging.getLogger(__name__)
 EXAMPLES = """examples:
   mp-report --log run=out/log.jsonl --output report.html
+  mp-report runs/lr1e-4 runs/lr3e-4 --output compared.html
   mp-report --log straight=a.jsonl --log killed=b.jsonl --checks checks.jsonl --steps steps.jsonl --title Quickstart
 
 exit status: 0 the page is written and every check holds; 1 a check failed (the page is written) or a file cannot
@@ -22,6 +23,15 @@ be read (nothing is written; the message starts with FILE:LINE); 2 wrong usage."
 class Options(Common):
     """Make one self-contained HTML page (inline charts, no scripts, nothing fetched) from JSON-lines files."""
 
+    runs: list[Path] = opt(
+        "folders of runs (with log.jsonl), or logs; drawn on the same axes, named after their folders",
+        [],
+        flags=["runs"],
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+    )
+    refresh: Optional[int] = opt("seconds after which a browser that shows the page reads it again", None)
     log: list[str] = opt(
         "training log of mp-pretrain or mp-sft, and the name of its curves; may be given again to overlay runs",
         [],
@@ -49,8 +59,16 @@ class Options(Common):
         labels = [entry.partition("=")[0] for entry in self.log]
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise ValueError(f"--log: label {twice[0]!r} is given twice; each log needs its own")
-        if not (self.log or self.checks or self.steps):
-            raise ValueError("nothing to report; give --log, --checks or --steps")
+        if not (self.runs or self.log or self.checks or self.steps):
+            raise ValueError("nothing to report; give a RUN, --log, --checks or --steps")
+
+
+def named(options: Options) -> list[tuple[str, Path]]:
+    """Label and log of every run; runs of one name are told apart by their paths."""
+    logs = [path / "log.jsonl" if path.is_dir() else path for path in options.runs]
+    names = [path.parent.name or path.stem for path in map(Path.absolute, logs)]
+    found = [(name if names.count(name) == 1 else str(path), path) for name, path in zip(names, logs, strict=True)]
+    return found + [(label, Path(path)) for label, _, path in (entry.partition("=") for entry in options.log)]
 
 
 def report(options: Options) -> int:
@@ -59,13 +77,15 @@ def report(options: Options) -> int:
     from megapatch.tools.report.logs import read_checks, read_run, read_steps
     from megapatch.tools.report.page import page
 
-    runs = [read_run(label, Path(path)) for label, _, path in (entry.partition("=") for entry in options.log)]
+    runs = [read_run(label, path) for label, path in named(options)]
     for each in runs:
         if each.unknown:
             log.warning("%s: %d lines with events that mp-report does not know are not shown", each.path, each.unknown)
     checks = read_checks(options.checks) if options.checks else []
     steps = read_steps(options.steps) if options.steps else []
-    html = page(options.title, runs, checks, steps).encode("utf-8", "backslashreplace")  # JSON may hold lone surrogates
+    html = page(options.title, runs, checks, steps, options.refresh).encode(
+        "utf-8", "backslashreplace"
+    )  # JSON may hold lone surrogates
     if options.output == Path("-"):
         sys.stdout.buffer.write(html)
         sys.stdout.buffer.flush()

@@ -1,0 +1,16 @@
+"""tests/train_worker.py for mp-sft: cases.json holds its arguments."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import train_worker
+
+from megapatch.trainer.sft import FINE_TUNING
+from megapatch.trainer.sft_options import SftOptions
+
+if __name__ == "__main__":
+    train_worker.PretrainOptions = SftOptions
+    train_worker.make_plan = partial(train_worker.make_plan, kind=FINE_TUNING)
+    train_worker.prepare = partial(train_worker.prepare, kind=FINE_TUNING)
+    train_worker.main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,122 @@
+"""Runs that are killed at any time, saving beside the training, or resumed at any step: nothing is lost, to the bit."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainer_runs import ENVIRONMENT, ROOT, arguments, corpus, events, log_of, model
+
+from megapatch.models import commit, core_files
+
+STEPS = 40
+EVERY = f"--train-iters {STEPS} --save-interval 1 --eval-interval 9 --eval-iters 1 --split 60,40 --log-interval 100"
+CI_STEPS = (1, 20, 39)  # steps after which a run is resumed in the default suite
+CI_KILLS, ALL_KILLS = 5, (20, 10)  # the latter: runs, and kills of each
+IN_SAVE = (1, 3, 6, 9, 12, 15, 17, 18, 19)  # calls in a save at which it is killed
+
+
+def resumed(folder: Path, cases: list[dict]) -> list[dict]:
+    """Run the cases one after the other (tests/kill_worker.py)."""
+    given, results = folder / "kills.json", folder / "killed.json"
+    given.write_text(json.dumps(cases))
+    command = [sys.executable, str(ROOT / "tests" / "kill_worker.py"), str(given), str(results)]
+    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1700)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(results.read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, a model with dropout, and an uninterrupted run with a checkpoint of each step."""
+    made = tmp_path_factory.mktemp("killed")
+    corpus(made)
+    model(made, "dropout", attention_dropout=0.2)
+    (run,) = resumed(made, [{"arguments": arguments(made, "dropout", "whole", EVERY)}])
+    assert run["status"] == 0, run["said"]
+    return made
+
+
+def losses(save: Path) -> dict[int, Any]:
+    """Loss and norm of each step; one that was made more than once must have come out the same."""
+    found: dict[int, Any] = {}
+    for record in events(log_of(save), "train"):
+        numbers = (record["loss"], record["grad_norm"], record["lr"])
+        assert found.setdefault(record["step"], numbers) == numbers, record
+    return found
+
+
+def at_step(folder: Path, step: int) -> Path:
+    """A run's folder as it was after the step: with this checkpoint alone."""
+    save = folder / f"from{step}"
+    name = core_files.iteration_folder(Path(), step).name
+    shutil.copytree(folder / "whole" / name, save / name, copy_function=os.link)
+    core_files.write_tracker(save, step)
+    return save
+
+
+def files(checkpoint: Path) -> dict[str, dict]:
+    """Size and digest of each file; but for torch's .metadata, which names the folder."""
+    manifest = commit.read_manifest(checkpoint)
+    assert manifest is not None
+    return {name: said for name, said in manifest["files"].items() if name != core_files.METADATA}
+
+
+def resume_at(folder: Path, steps: Any) -> None:
+    """Resume after each of the steps, make one step, and compare all of the checkpoint with the uninterrupted run's."""
+    saves = {step: at_step(folder, step) for step in steps}
+    cases = [{"arguments": arguments(folder, "dropout", f"from{n}", EVERY), "one_step": True} for n in steps]
+    for (step, save), ran in zip(saves.items(), resumed(folder, cases), strict=True):
+        assert ran["status"] == 0, ran["said"]
+        name = core_files.iteration_folder(Path(), step + 1).name
+        expected, found = (files(root / name) for root in (folder / "whole", save))
+        assert found == expected, f"step {step + 1}"
+        shutil.rmtree(save)
+
+
+def test_one_step_after_a_resume_gives_the_same_checkpoint_to_the_bit(whole: Path) -> None:
+    resume_at(whole, CI_STEPS)
+
+
+@pytest.mark.slow
+def test_one_step_after_a_resume_at_any_step_gives_the_same_checkpoint_to_the_bit(whole: Path) -> None:
+    resume_at(whole, range(1, STEPS))
+
+
+def kill_often(folder: Path, kills: int, how: str, seed: int) -> None:
+    """Kill a run at random times until it has been killed so often, starting anew where it finished; then compare."""
+    chance, save = random.Random(seed), folder / f"kills{seed}"
+    words = arguments(folder, "dropout", save.name, f"{EVERY} {how}")
+    cases: list[dict] = [{"arguments": words, "kill_after_s": chance.uniform(0.1, 2.5)} for _ in range(kills)]
+    ran = resumed(folder, [*cases, {"arguments": words}])
+    assert {run["status"] for run in ran[:-1]} <= {-9, 0} and -9 in {run["status"] for run in ran}
+    assert ran[-1]["status"] == 0, ran[-1]["said"]
+    assert losses(save) == losses(folder / "whole")
+    assert core_files.read_tracker(save) == STEPS
+    assert [path.name for path in save.glob("iter_*.tmp")] == []
+    for path in sorted(save.glob("iter_*")):
+        assert commit.verify(path)
+    shutil.rmtree(save)
+
+
+def test_a_run_killed_at_random_times_loses_nothing(whole: Path) -> None:
+    kill_often(whole, CI_KILLS, "--async-save --keep 2", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 2 + ALL_KILLS[0]))
+def test_20_runs_killed_10_times_each_lose_nothing(whole: Path, seed: int) -> None:
+    kill_often(whole, ALL_KILLS[1], ("--async-save --keep 2", "--keep 3")[seed % 2], seed)
+
+
+def test_a_run_killed_anywhere_in_a_save_leaves_the_old_checkpoint_or_the_new(whole: Path) -> None:
+    words = arguments(whole, "dropout", "saving", f"{EVERY} --async-save --keep 2")
+    ran = resumed(whole, [{"arguments": words, "kill_in_save": n} for n in IN_SAVE] + [{"arguments": words}])
+    assert [run["status"] for run in ran] == [-9] * len(IN_SAVE) + [0], ran[-1]["said"]
+    assert losses(whole / "saving") == losses(whole / "whole")
+    assert sorted(path.name for path in (whole / "saving").glob("iter_*")) == ["iter_0000039", "iter_0000040"]
