@@ -163,7 +163,7 @@ class Trainer:
         self.source = checkpoint.source_in(folder)  # --keep may remove the checkpoint that this run came from
         seconds = {"seconds": saving.seconds(), "held_s": saving.held_s}
         if first():
-            (folder.parent / "options.args").write_text(as_file(self.session.options))  # to run again: TOOL @SAVE/options.args
+            (folder.parent / "options.args").write_text(as_file(self.session.options))
         self.records.write("save", step=saving.step, **seconds, folder=str(folder))
         log.info("saved %s", folder)
 
