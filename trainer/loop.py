@@ -10,6 +10,7 @@ import torch
 
 from megapatch.models.cli import UserError
 from megapatch.trainer import checkpoint, signals
+from megapatch.trainer.describe import as_file
 from megapatch.trainer.metrics import Log
 from megapatch.trainer.progress import Progress
 from megapatch.trainer.ranks import first, together, warn
@@ -161,6 +162,8 @@ class Trainer:
         self.saving, self.saved_step = None, saving.step
         self.source = checkpoint.source_in(folder)  # --keep may remove the checkpoint that this run came from
         seconds = {"seconds": saving.seconds(), "held_s": saving.held_s}
+        if first():
+            (folder.parent / "options.args").write_text(as_file(self.session.options))
         self.records.write("save", step=saving.step, **seconds, folder=str(folder))
         log.info("saved %s", folder)
 
