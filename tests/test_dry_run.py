@@ -14,7 +14,7 @@ from megapatch.trainer.options import PretrainOptions
 CPU = device.start()  # before megatron-core is imported
 
 from megapatch.models.build import ModelOptions, build  # noqa: E402
-from megapatch.trainer.profile import communication  # noqa: E402
+from megapatch.trainer.profiling import communication  # noqa: E402
 
 BASE = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "head_dim": 32}
 BASE |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from megapatch.models.device import Device
 from megapatch.trainer.flops import known_peak
 from megapatch.trainer.options import TrainOptions
-from megapatch.trainer.profile import Profiler
+from megapatch.trainer.profiling import Profiler
 from megapatch.trainer.ranks import first
 
 log = logging.getLogger(__name__)

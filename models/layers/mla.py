@@ -47,14 +47,15 @@ class LatentNorm(RMSNorm):
 
 
 class LatentCoreAttention(SdpaAttention):
-    """Values of smaller heads than queries and keys: widened by zeros, as fused kernels take one size only."""
+    """Values of smaller heads than queries and keys: widened by zeros, as fused kernels take one size only; but not
+    in fp32, whose logits then depart from the models' own by more than 1e-5."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.flash = None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
-        wide = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
+        wide = v if v.dtype == torch.float32 else F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
         return super()._attend(q, k, wide, visible, causal)[..., : v.shape[-1]]
 
 
