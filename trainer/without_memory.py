@@ -1,4 +1,4 @@
-"""One rank's part of a model at full scale, built without memory: meta tensors on a process group that sends nothing."""
+"""One rank's part of a model at full scale, built without memory: meta tensors, a process group that sends nothing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -55,8 +55,8 @@ def choose(config: TransformerConfig, models: list[Any], device: Device) -> Choi
 def _kernel(config: TransformerConfig, device: Device, dropout: float) -> int:
     """PyTorch's own choice for a causal attention of this model's heads."""
     heads, groups, size = config.num_attention_heads, config.num_query_groups, config.kv_channels
-    wide = size
     assert heads is not None and groups is not None and size is not None
+    wide = size  # of values
     if isinstance(config, MLATransformerConfig):
         groups, size = heads, config.qk_head_dim + config.qk_pos_emb_head_dim
         wide = config.v_head_dim if config.params_dtype == torch.float32 else size  # values are widened to it
