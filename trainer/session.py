@@ -154,6 +154,7 @@ def _wrap(
 ) -> DistributedDataParallel:
     on_gloo = torch.distributed.get_backend() == "gloo"  # whose reduce-scatter sends all to everyone
     by_exchange = on_gloo and options.use_distributed_optimizer and options.overlap_grad_reduce
+    by_exchange = by_exchange and not options.vpp  # megatron-core joins buckets of interleaved chunks; it takes one
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap_grad_reduce,
