@@ -237,11 +237,6 @@ def _rewrites(template: Template, messages: list[Message], tools: list[Any] | No
 
 
 _ASK, _SAY = {"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}
-_CALL = {
-    "role": ASSISTANT,
-    "content": "",
-    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
-}
 _TOOLS = [{"type": "function", "function": {"name": "f", "description": "c", "parameters": {}}}]
 _CALLS = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
 _CALL, _RESULT = {"role": ASSISTANT, "content": "", "tool_calls": _CALLS}, {"role": "tool", "name": "f", "content": "e"}

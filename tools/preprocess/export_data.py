@@ -89,8 +89,8 @@ def _pai(data: "Conversations", options: Options, tell: Callable[..., Any]) -> "
     from megapatch.models.cli import versions
     from megapatch.models.commit import digest, refuse_existing
     from megapatch.models.indexed_data import read_manifest
-    from megapatch.tools.preprocess.merge_data import staged
     from megapatch.tools.preprocess.pairs import foreign_pai
+    from megapatch.tools.preprocess.pairs.staging import staged
 
     assert options.seq_length is not None
     for end in (".idx", ".bin", ".manifest.json"):

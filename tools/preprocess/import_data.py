@@ -63,8 +63,8 @@ def import_data(options: Options) -> None:
     from megapatch.models.commit import refuse_existing
     from megapatch.models.indexed_data import refuse_suffix
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.tools.preprocess.merge_data import staged
     from megapatch.tools.preprocess.pairs.foreign_checks import Counts
+    from megapatch.tools.preprocess.pairs.staging import staged
     from megapatch.tools.preprocess.run.progress import Progress
 
     for end in [*(f"{end}{kind}" for end in _ENDS for kind in (".bin", ".idx")), ".manifest.json"]:

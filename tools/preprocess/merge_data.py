@@ -2,8 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +54,7 @@ def merge(options: Options) -> None:
     from megapatch.models.data_formats import PAIRS
     from megapatch.tools.preprocess.pairs.merge_plan import merged, read_inputs
     from megapatch.tools.preprocess.pairs.merge_runs import shard_warnings
+    from megapatch.tools.preprocess.pairs.staging import staged
     from megapatch.tools.preprocess.run.progress import Progress
 
     inputs, prefix = read_inputs(options.input), options.output_prefix
@@ -76,19 +76,15 @@ def merge(options: Options) -> None:
 
 def _refuse_existing(prefix: Path, ends: Sequence[str], force: bool) -> None:
     from megapatch.models.indexed_data import partial_path
+    from megapatch.tools.preprocess.pairs.staging import names
 
-    for path in (Path(f"{prefix}{name}") for name in _names(ends)):
+    for path in (Path(f"{prefix}{name}") for name in names(ends)):
         if path.exists() and not force:
             raise UserError(f"{path}: exists already; choose another --output-prefix, or replace it with --force")
     if (partial := partial_path(prefix)).exists():
         raise UserError(
             f"{partial}: a run of mp-preprocess writes {prefix}, or was interrupted; finish or remove it first"
         )
-
-
-def _names(ends: Sequence[str]) -> list[str]:
-    """What follows PREFIX in the names of all files: those by which data are found come first, to be renamed last."""
-    return [*(f"{end}.idx" for end in ends), ".manifest.json", *(f"{end}.bin" for end in ends)]
 
 
 def _planned(prefix: Path, inputs: "Sequence[Input]") -> dict[str, Any]:
@@ -140,29 +136,6 @@ def _compare(path: Path, found: str | None, expected: str | None) -> None:
         raise UserError(
             f"{path}: xxh3-128 {found} found, {expected} expected by its manifest; it was changed or is damaged"
         )
-
-
-@contextmanager
-def staged(prefix: Path, ends: Sequence[str], without: Sequence[str]) -> Iterator[dict[str, Path]]:
-    """Paths to write, by what follows PREFIX; all appear under their names, each .idx after what it needs, or none.
-
-    Old indices go first: one never stands beside a new .bin; so do old pairs that the new data are ``without``.
-    """
-    from megapatch.models.commit import staged_file
-
-    targets = {name: Path(f"{prefix}{name}") for name in _names(ends)}
-    began = False
-    try:
-        with ExitStack() as stack:
-            yield {name: stack.enter_context(staged_file(target)) for name, target in targets.items()}
-            began = True
-            for name in [*(f"{end}.idx" for end in [*ends, *without]), *(f"{end}.bin" for end in without)]:
-                Path(f"{prefix}{name}").unlink(missing_ok=True)
-    except BaseException:
-        if began:  # interrupted between the renames
-            for target in targets.values():
-                target.unlink(missing_ok=True)
-        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,9 +18,8 @@ from megapatch.tools.preprocess.reading.bad_lines import BadLines
 from megapatch.tools.preprocess.reading.inputs import Chunk
 from megapatch.tools.preprocess.run.job import Output, Redo, Write, Written
 from megapatch.tools.preprocess.run.ledger import Ledger
-from megapatch.tools.preprocess.run.seen import Seen
+from megapatch.tools.preprocess.run.seen import SEEN, Seen
 
-SEEN = "seen.hashes"  # the note with the hashes of all kept records
 _EXAMPLES = 10  # of records that were too long, in the manifest
 _DUPLICATE = "duplicate"
 

@@ -9,6 +9,7 @@ from megapatch.models.chat_shown import says_something, silent_turn, unshown
 from megapatch.models.chat_special import Special
 from megapatch.models.chat_template import ChatError, Message
 from megapatch.tools.preprocess.chats.records import Preference, Prompt
+from megapatch.tools.preprocess.reading.json_lines import refuse_surrogates
 from megapatch.tools.preprocess.reading.records import BadRecord
 
 SpecialInText = Literal["allow", "literal", "fail"]
@@ -79,10 +80,11 @@ class Texts:
     def _prompt(self, prompt: Prompt) -> Item:
         chat, spelled = self._checked(prompt.chat)
         sample = Sample(self.renderer.prompt(chat), [], [])
-        _refuse_surrogates(sample.text)
+        refuse_surrogates(sample.text)
         if chat is not prompt.chat:
             sample = self.special.unmarked(sample)
-        answer = None if prompt.answer is None else prompt.answer.encode(errors="surrogatepass")
+        refuse_surrogates(prompt.answer)
+        answer = None if prompt.answer is None else prompt.answer.encode()
         left_out = self._unshown(prompt.chat, sample.text)
         empty = [] if any(map(says_something, prompt.chat.messages)) else ["prompt"]
         return Item([[sample]], _begins(prompt.chat), answer, spelled, empty, left_out)
@@ -92,7 +94,7 @@ class Texts:
         checked, spelled = self._checked(chat)
         samples = self.renderer.samples(checked)
         for sample in samples:
-            _refuse_surrogates(sample.text)
+            refuse_surrogates(sample.text)
             if not sample.spans:
                 raise BadRecord(_nothing_trained(chat))
         if checked is not chat:
@@ -150,13 +152,3 @@ def _begins(chat: Chat) -> str:
     said: Mapping[str, Any] = next((one for one in chat.messages if one.get("role") == "user"), chat.messages[0])
     content = said.get("content")
     return content[:_SHOWN] if isinstance(content, str) else ""
-
-
-def _refuse_surrogates(text: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        found = f"\\u{ord(text[error.start]):04x}"
-        raise BadRecord(f"lone surrogate {found}, half of a character; UTF-8 cannot hold it") from None

@@ -140,7 +140,7 @@ class Worker:
 
     def _encode(self, samples: Sequence[Sample], report: Report, first: bool) -> tuple[np.ndarray, np.ndarray]:
         encoded = self.encoder([sample.text for sample in samples], first=first)
-        _add(report.engine, encoded.report)
+        report.engine.add(encoded.report)
         if self.literal is None:
             return encoded.ids, encoded.lengths
         return self.literal.replaced(samples, encoded.ids, encoded.lengths)
@@ -183,10 +183,3 @@ def _trained(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     before = np.concatenate([np.zeros(1, np.int64), np.cumsum(weights > 0)])
     ends = np.cumsum(lengths, dtype=np.int64)
     return before[ends] - before[ends - lengths]
-
-
-def _add(total: EngineReport, one: EngineReport) -> None:
-    """Count what the encoder says of one side's texts with that of the others."""
-    for name in ("texts", "compared", "differed", "by_reference"):
-        setattr(total, name, getattr(total, name) + getattr(one, name))
-    total.example = total.example or one.example

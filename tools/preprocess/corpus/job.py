@@ -1,7 +1,6 @@
 """The job of mp-preprocess: documents to ids, and those that are kept to the outputs of their keys and shares."""
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +20,9 @@ from megapatch.tools.preprocess.reading.inputs import Chunk
 from megapatch.tools.preprocess.reading.records import Tally, read_records
 from megapatch.tools.preprocess.run.job import Output, Redo, Write, Written
 from megapatch.tools.preprocess.run.ledger import Ledger
-from megapatch.tools.preprocess.run.seen import Seen
+from megapatch.tools.preprocess.run.seen import SEEN, Seen
 
 _LOG = logging.getLogger("megapatch.tools.preprocess")
-SEEN = "seen.hashes"  # the note with the hashes of all kept documents
 _DROPPED = -1
 
 
@@ -87,7 +85,9 @@ class Corpus:
         share = selection.share_of(hashes, len(names), options.split, options.split_seed)
         number = {name: i for i, name in enumerate(dict.fromkeys(names))}
         source = np.fromiter((number[name] for name in names), np.int32, len(names))
-        engine = _together([one.report for one in encoded])
+        engine = EngineReport(encoded[0].report.fast)
+        for one in encoded:
+            engine.add(one.report)
         return Report(tallies, engine, lengths, fate, hashes, share, list(number), source, hits), encoded
 
     def _hits(self, texts: Sequence[Sequence[str]], fate: np.ndarray) -> list[Hit]:
@@ -180,13 +180,3 @@ class Corpus:
             _LOG.warning("--source-key %s: no record has this key", key)
         made = manifests(self.options, self.encoder, self.ledger, self.watch, self._spoiled, written, inputs)
         return {**made, **self._bad_lines.files(folder)}
-
-
-def _together(reports: Sequence[EngineReport]) -> EngineReport:
-    """The reports of all keys as one."""
-    numbers = {
-        name: sum(getattr(one, name) for one in reports) for name in ("texts", "compared", "differed", "by_reference")
-    }
-    special: Counter[str] = sum((Counter(one.special) for one in reports), Counter())
-    example = next((one.example for one in reports if one.example), "")
-    return EngineReport(reports[0].fast, **numbers, example=example, special=dict(special))

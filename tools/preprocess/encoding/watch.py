@@ -23,6 +23,11 @@ class Report:
     example: str = ""
     special: dict[str, int] = field(default_factory=dict)
 
+    def add(self, other: "Report") -> None:
+        """Count what another report says with this one's."""
+        _count(self, other)
+        self.example = self.example or other.example
+
 
 @dataclass
 class Watch:
@@ -47,9 +52,7 @@ class Watch:
         if self.switched_at is not None and report.fast:
             return REFERENCE
         self.chunks += 1
-        for name in ("texts", "compared", "differed", "by_reference"):
-            setattr(self, name, getattr(self, name) + getattr(report, name))
-        self.special = dict(Counter(self.special) + Counter(report.special))
+        _count(self, report)
         if report.example and not self.example:
             self.example = report.example
             _LOG.warning("%s %s %s; corrected", self.engine, self.version, report.example)
@@ -83,3 +86,9 @@ class Watch:
     def of(cls, state: Mapping[str, Any]) -> "Watch":
         """One that ``dataclasses.asdict`` has made JSON of."""
         return cls(**state)
+
+
+def _count(total: Report | Watch, report: Report) -> None:
+    for name in ("texts", "compared", "differed", "by_reference"):
+        setattr(total, name, getattr(total, name) + getattr(report, name))
+    total.special = dict(Counter(total.special) + Counter(report.special))

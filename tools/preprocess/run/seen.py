@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+SEEN = "seen.hashes"  # a run's note with the hashes of all that it kept
 _LEAST_SLOTS = 1 << 16
 _BLOCK = 1 << 16  # hashes inserted at a time when the table is made again
 _MAX_LOAD, _MIN_LOAD = 0.75, 0.5  # 16 bytes a slot: 21 to 32 bytes a hash
