@@ -140,6 +140,7 @@ def conversations(number: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write(path: Path, records: list[Any]) -> Path:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    """JSON lines; text stands for a line as it is."""
+    lines = [record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path

@@ -144,6 +144,9 @@ def test_prompts_end_with_the_generation_prompt_and_have_answers(go, toks):
     assert texts(toks["chatml"], prefix) == [TEXT.removesuffix(SAID + "\n")] * 3
     assert [row.tobytes().decode() for row in IndexedDocuments(f"{prefix}_answer")] == ["4 é", "5", ""]
     assert read_manifest(prefix)["format"] == "prompts"
+    half = [*records, r'{"prompt": "a", "answer": "\ud800"}']
+    _, skipped = go(half, "--chat-format", "prompts", "--on-bad-line", "skip", name="half")
+    assert contents(skipped) == contents(prefix)
     _, none = go(records[2:], "--chat-format", "prompts", name="none")
     assert sorted(contents(none)) == [".bin", ".idx"]
 
