@@ -10,7 +10,6 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
-from torch import Tensor
 
 from megapatch.models.cli import UserError
 from megapatch.models.data_formats import described
@@ -19,6 +18,7 @@ from megapatch.models.tokenizer import Tokenizer
 from megapatch.trainer.data_cache import building, key
 from megapatch.trainer.options import SPLIT, PretrainOptions, TrainOptions
 from megapatch.trainer.ranks import warn
+from megapatch.trainer.sources import BySource
 
 log = logging.getLogger(__name__)
 SPLITS = ("training", "validation", "test")
@@ -190,11 +190,16 @@ def _of_two(blends: list[Blend], evaluated: bool) -> dict[str, Any]:
 
 
 def micro_batches(
-    dataset: Any, options: PretrainOptions, vocab_size: int, first: int, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
+    dataset: Any,
+    options: PretrainOptions,
+    vocab_size: int,
+    first: int,
+    device: torch.device,
+    losses: BySource | None = None,
+) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches of the global batch that starts at sample ``first`` of the dataset.
 
-    Each batch: tokens, labels, position_ids (int64) and loss_mask (fp32), [b, s/cp].
+    Each batch: tokens, labels, position_ids (int64) and loss_mask (fp32), [b, s/cp]. ``losses`` are told of the passes.
     """
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     width = options.micro_batch_size
@@ -207,7 +212,11 @@ def micro_batches(
                 f"--data-path: token {largest} in samples {start} to {start + width - 1}, the model's vocabulary ends "
                 f"at {vocab_size - 1}; run mp-preprocess with the model's tokenizer"
             )
-        yield get_batch_on_this_cp_rank({k: v.to(device, non_blocking=True) for k, v in batch.items()})
+        share = get_batch_on_this_cp_rank({k: v.to(device, non_blocking=True) for k, v in batch.items()})
+        if losses and len(losses.names) > 1:
+            rows = torch.from_numpy(dataset.dataset_index[start : start + width].astype("int64"))[:, None].to(device)
+            share["weighing"] = {"watch": losses.watching(rows)}
+        yield share
 
 
 def num_micro_batches(options: TrainOptions, data_parallel_size: int) -> int:

@@ -10,13 +10,13 @@ import torch
 
 from megapatch.models.cli import UserError
 from megapatch.trainer import checkpoint, signals
-from megapatch.trainer.describe import as_file
 from megapatch.trainer.metrics import Log
 from megapatch.trainer.progress import Progress
 from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.sample_places import Samples, shown
 from megapatch.trainer.saving import Saving
 from megapatch.trainer.session import Session
+from megapatch.trainer.sources import BySource
 from megapatch.trainer.step import Batches, StepResult, evaluate, train_step
 from megapatch.trainer.watchdog import note
 
@@ -27,6 +27,8 @@ class Trainer:
     """Runs a session to its last step."""
 
     samples: Samples | None = None  # what ``train`` reads, where it can say where that comes from
+    trained: BySource | None = None  # is told of losses in training
+    validated: BySource | None = None  # and in validation
     saving: Saving | None = None  # the checkpoint that is written beside the training
 
     def __init__(
@@ -126,6 +128,7 @@ class Trainer:
             "consumed_samples": session.consumed_samples,
             **self.progress.measures(session.step, tflops),
             **result.extra,
+            **(self.trained.said if self.trained else {}),
         }
         self.records.write("train", **fields)
         self.progress.tell(fields)
@@ -140,9 +143,12 @@ class Trainer:
             note(f"in evaluation {step + 1} at step {session.step}")
             return None if self._look_around() else self.valid(step)
 
+        if self.validated:
+            self.validated.clear()
         loss = evaluate(session, batches, self.eval_steps, self.count)
         if loss is not None:
-            self.records.write("eval", step=session.step, loss=loss, split="valid")
+            said = self.validated.said if self.validated else {}
+            self.records.write("eval", step=session.step, loss=loss, split="valid", **said)
             log.info(f"step {session.step}  validation loss {loss:.4f}")
 
     def save(self, *, beside: bool = False) -> None:
@@ -162,8 +168,6 @@ class Trainer:
         self.saving, self.saved_step = None, saving.step
         self.source = checkpoint.source_in(folder)  # --keep may remove the checkpoint that this run came from
         seconds = {"seconds": saving.seconds(), "held_s": saving.held_s}
-        if first():
-            (folder.parent / "options.args").write_text(as_file(self.session.options))
         self.records.write("save", step=saving.step, **seconds, folder=str(folder))
         log.info("saved %s", folder)
 

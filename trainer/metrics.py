@@ -31,12 +31,20 @@ class JsonLines:
         self.path, self.file = path, path.open("a", buffering=1)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with commit.naming_full_disks(self.path):
-            self.file.write(json.dumps(finite) + "\n")
+            self.file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
     def close(self) -> None:
         self.file.close()
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -87,9 +95,15 @@ class WeightsAndBiases:
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """Its numbers, by name; those by source or by rank as NAME/SOURCE; of other events than these nothing."""
     if record.get("event") not in ("train", "eval"):
         return {}
-    return {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "ts")}
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        many = dict(enumerate(value)) if isinstance(value, list) else value
+        parts = {f"{name}/{key}": each for key, each in many.items()} if isinstance(many, Mapping) else {name: many}
+        found |= {key: each for key, each in parts.items() if isinstance(each, int | float)}
+    return {name: value for name, value in found.items() if name not in ("step", "ts")}
 
 
 class Log:

@@ -158,13 +158,16 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
     from megapatch.trainer import data
     from megapatch.trainer.flops import flops_per_token
     from megapatch.trainer.loop import Trainer
-    from megapatch.trainer.sample_places import Samples, in_corpus
+    from megapatch.trainer.sample_places import Samples, in_corpus, sources
+    from megapatch.trainer.sources import BySource
 
     options, vocab_size = session.options, family.vocab_size(session.hf)
     assert isinstance(options, PretrainOptions)
     dataset, valid = data.build_datasets(options, plan.tokenizer)
     train = Samples(dataset, in_corpus)
     batches = partial(data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)
+    trained = BySource(sources(dataset), session.device.torch)
+    validated = BySource(sources(dataset if valid is None else valid), session.device.torch)
     mixtures = sum(mixture_layers(session.config))
     trainer = Trainer(
         session,
@@ -172,11 +175,11 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
         source=plan.source,
         num_micro_batches=plan.count,
         flops_per_token=flops_per_token(session.config, vocab_size, options.seq_length, mixtures),
-        train=lambda start: partial(batches, train, first=start),
-        valid=lambda step: partial(batches, valid, first=step * options.global_batch_size),
+        train=lambda start: partial(batches, train, first=start, losses=trained),
+        valid=lambda step: partial(batches, valid, first=step * options.global_batch_size, losses=validated),
         eval_steps=options.eval_iters if valid is not None else 0,
     )
-    trainer.samples = train
+    trainer.samples, trainer.trained, trainer.validated = train, trained, validated
     return trainer
 
 

@@ -49,6 +49,11 @@ def in_corpus(dataset: Any, sample: int) -> Place:
     return {"prefix": dataset.dataset.path_prefix, "documents": documents, "first_token": int(offset)}
 
 
+def sources(dataset: Any) -> list[str]:
+    """Prefixes of the pairs that a dataset of mp-pretrain blends, by number; one where it is no blend."""
+    return [each.dataset.path_prefix for each in getattr(dataset, "datasets", [dataset])]
+
+
 def in_conversations(blend: Any, sample: int) -> Place:
     """Of mp-sft's rows: pair, and the conversations of the row."""
     which, row = blend[sample]

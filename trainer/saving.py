@@ -25,9 +25,11 @@ from megapatch.models import commit, core_files
 from megapatch.models.cli import UserError
 from megapatch.trainer import adapters, disk
 from megapatch.trainer.checkpoint import CONTENT, STAGED, Source, layout, state
+from megapatch.trainer.describe import as_file
 from megapatch.trainer.ranks import first, together
 from megapatch.trainer.session import Session
 
+OPTIONS = "options.args"  # what the run was started with, for mp-pretrain @CHECKPOINT/options.args
 BYTES_PER_PARAMETER = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}  # weight, master, moments
 T = TypeVar("T")
 
@@ -158,9 +160,12 @@ class Saving:
         """Seal the staged folder, move it into place, name it in the tracker, and remove what --keep does not keep."""
         options, target = self.session.options, self.target
         self.source.copy(self.stage / core_files.HF_SUBFOLDER)
+        (self.stage / OPTIONS).write_text(as_file(options))
         commit.seal(self.stage, tool=options.tool, about=self.about, digests=self.digests)
         if target.exists():  # saved by a run that was killed before it named it in the tracker, or went back
             shutil.rmtree(target)
+        with commit.staged_file(target.parent / OPTIONS) as stage:
+            stage.write_text(as_file(options))
         os.rename(self.stage, target)
         commit.fsync(target.parent)
         core_files.write_tracker(target.parent, self.step)

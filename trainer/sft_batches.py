@@ -1,7 +1,6 @@
 """One rank's share of a global batch of conversations as tensors, and what is counted over all ranks."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from megapatch.models.packed_rows import Row, share_of_rank
 from megapatch.trainer.data import FIELDS
 from megapatch.trainer.sft_data import Blend
 from megapatch.trainer.sft_options import SftOptions
+from megapatch.trainer.sources import BySource
 
 COUNTED = ("weight", "trained_tokens", "tokens", "conversations")
 
@@ -30,40 +30,18 @@ def token_weights(row: Row, normalisation: str) -> tuple[np.ndarray, float]:
     return (mask / np.repeat(each, np.diff(row.cu_seqlens))).astype(np.float32), float((sums > 0).sum())
 
 
-class BySource:
-    """Losses by the set that a token is of: sums of weight x loss and of weights, float64 [2, sets]."""
-
-    def __init__(self, names: list[str], device: torch.device) -> None:
-        self.names = names
-        self.sums = torch.zeros((2, len(names)), dtype=torch.float64, device=device)
-
-    def watch(self, source: Tensor, output: Tensor, mask: Tensor) -> None:
-        """Take in the token losses of a forward pass, their weights and their sets, all [b, s]."""
-        if parallel_state.get_tensor_model_parallel_rank() == 0:  # the others hold the same
-            weights = mask.double().flatten()
-            for part, values in zip(self.sums, (output.double().flatten() * weights, weights), strict=True):
-                part.index_add_(0, source.flatten(), values)
-
-    def means(self) -> dict[str, float]:
-        """The mean of each set that was met (collective)."""
-        found = self.sums.clone()
-        torch.distributed.all_reduce(found)
-        totals, weights = found.tolist()
-        return {name: total / weight for name, total, weight in zip(self.names, totals, weights, strict=True) if weight}
-
-
 class GlobalBatch:
     """This rank's micro-batches of the samples from ``first`` on, as often as called; every rank must make one."""
 
-    def __init__(self, blend: Blend, first: int, *, options: SftOptions, vocab_size: int, device: torch.device) -> None:
-        self.options, self.device = options, device
+    def __init__(self, blend: Blend, first: int, losses: BySource, *, options: SftOptions, vocab_size: int) -> None:
+        """``losses`` are told of the forward passes."""
+        self.options, self.losses, self.device = options, losses, losses.sums.device
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         width = options.micro_batch_size
         starts = range(first + rank * width, first + options.global_batch_size, size * width)
         samples = [[blend[i] for i in range(start, start + width)] for start in starts]
         self.passes = [[row for _, row in some] for some in samples]
         self.which = [[which for which, _ in some] for some in samples]
-        self.losses = BySource(blend.names, device)
         self.weights = [[token_weights(row, options.loss_normalisation) for row in rows] for rows in self.passes]
         self._count(blend, [which for some in self.which for which in some])
         for start, rows in zip(starts, self.passes, strict=True):
@@ -89,13 +67,13 @@ class GlobalBatch:
 
     @property
     def said(self) -> dict[str, Any]:
-        """For the log of a step, after it (collective)."""
+        """For the log of a step."""
         options = self.options
         fill = self.counts["tokens"] / (options.global_batch_size * options.seq_length)
         found: dict[str, Any] = {name: round(self.counts[name]) for name in ("trained_tokens", "conversations")}
         found["fill"] = fill
         if len(self.sources) > 1:
-            found |= {"trained_tokens_of": self.sources, "loss_of": self.losses.means()}
+            found["trained_tokens_of"] = self.sources
         return found
 
     def __call__(self) -> Iterator[dict[str, Any]]:
@@ -112,7 +90,7 @@ class GlobalBatch:
         return {
             "scale": places / weight if weight else 0.0,
             "count": torch.tensor(tokens.numel(), dtype=torch.int, device=self.device),
-            "watch": partial(self.losses.watch, source) if len(self.sources) > 1 else None,
+            "watch": self.losses.watching(source),
         }
 
     def _packed(self, rows: list[Row], fields: dict[str, list[np.ndarray]]) -> dict[str, Any]:

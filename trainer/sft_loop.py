@@ -15,6 +15,7 @@ from megapatch.trainer.sample_places import Samples, in_conversations
 from megapatch.trainer.session import Session
 from megapatch.trainer.sft_batches import GlobalBatch
 from megapatch.trainer.sft_options import SftOptions
+from megapatch.trainer.sources import BySource
 from megapatch.trainer.step import Batches, StepResult
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def make_trainer(session: Session, records: Log, plan: Plan) -> SftTrainer:
                 *(about["truncated"], about["lost_tokens"]),
             )
     read: Any = Samples(samples, in_conversations)
-    made = partial(GlobalBatch, options=options, vocab_size=vocab_size, device=session.device.torch)
+    made = partial(GlobalBatch, options=options, vocab_size=vocab_size)
+    trained, validated = (BySource(blend.names, session.device.torch) for blend in (samples, held))
     trainer = SftTrainer(
         session,
         records=records,
@@ -59,9 +61,9 @@ def make_trainer(session: Session, records: Log, plan: Plan) -> SftTrainer:
         flops_per_token=flops_per_token(
             session.config, vocab_size, samples.context, sum(mixture_layers(session.config))
         ),
-        train=lambda start: trainer.remember(made(read, start)),
-        valid=lambda step: made(held, step * options.global_batch_size),
+        train=lambda start: trainer.remember(made(read, start, trained)),
+        valid=lambda step: made(held, step * options.global_batch_size, validated),
         eval_steps=options.eval_iters if valid is not None else 0,
     )
-    trainer.samples = read
+    trainer.samples, trainer.trained, trainer.validated = read, trained, validated
     return trainer
