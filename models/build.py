@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megapatch.models.cli import UserError
@@ -59,7 +60,7 @@ def transformer_config(hf: HfConfig, options: ModelOptions) -> TransformerConfig
     dtype = DTYPES[options.precision]
     moe = {"moe_token_dispatcher_type": "alltoall"} if fields.get("num_moe_experts") else {}
     types = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": options.precision == "bf16"}
-    layout, machine = options.parallel.config(), options.device.config()
+    layout, machine = options.parallel.config(fields | options.overrides), options.device.config()
     try:
         return config_class(fields)(**machine | layout | moe | types | fields | options.overrides)
     except ValueError as error:
@@ -106,11 +107,25 @@ def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage
         frequencies = torch.tensor(inverse_frequencies(hf), dtype=torch.float64)
         model.rotary_pos_emb.inv_freq = frequencies.to(torch.float32).to(options.device.torch)
     fuse_activations(model)
+    reduce_experts_apart(model)
     for adapt in modules.adapt:
         adapt(model, hf)
     if model.post_process:
         hide_padding(model, vocab)
     return model
+
+
+def reduce_experts_apart(model: GPTModel) -> None:
+    """Have gradients of experts added up over the ranks that hold the same part of them.
+
+    megatron-core 0.16.1 asks for that only where --ep is above 1 (tensor_parallel/layers.py:886, :1209), and else adds
+    them up as those of dense layers: with --etp below --tp over too few ranks, above it over different parts.
+    """
+    if model.config.expert_tensor_parallel_size == model.config.tensor_model_parallel_size:
+        return  # the ranks are the same
+    for module in model.modules():
+        for parameter in module.experts.parameters() if isinstance(module, MoELayer) else ():
+            parameter.allreduce = False
 
 
 def padded_vocabulary(vocab_size: int, tp: int) -> int:

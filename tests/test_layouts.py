@@ -8,6 +8,8 @@ import layout_tables
 import pytest
 from layout_tables import OVERLAP, SP, Table
 
+from megapatch.models import splits
+
 DENSE = {  # name: (processes, arguments)
     "DP2": (2, ""),
     "TP2": (2, "--tp 2"),
@@ -16,6 +18,13 @@ DENSE = {  # name: (processes, arguments)
     "PP2": (2, "--pp 2"),
     "PP4": (4, "--pp 4"),
     "PP2 VPP2 (interleaved)": (2, "--pp 2 --vpp 2"),
+    "PP2, 1 and 3 layers": (2, "--pp 2 --decoder-first-pipeline-num-layers 1"),
+    "PP4, none, 3, 1 and none": (4, f"--pp 4 {splits.LAYOUT} E|ttt|t|L"),
+    "PP2 VPP2, 2, 1, none and 1": (2, f"--pp 2 --vpp 2 {splits.LAYOUT} Ett|t||tL"),
+    "PP2 VPP2 uneven, DP2 distributed optimizer, overlap": (
+        4,
+        f"--pp 2 --vpp 2 {splits.LAYOUT} Ett|t|t|L {OVERLAP}",
+    ),
     "CP2": (2, "--cp 2"),
     "CP4": (4, "--cp 4"),
     "DP2 distributed optimizer": (2, "--use-distributed-optimizer"),
@@ -34,6 +43,12 @@ MIXTURE = {
     "EP2": (2, "--ep 2"),
     "EP4": (4, "--ep 4"),
     "TP2 SP": (2, SP),
+    "ETP2": (2, "--etp 2"),
+    "CP2 ETP2": (2, "--cp 2 --etp 2"),
+    "EP2 ETP2": (4, "--ep 2 --etp 2"),
+    "TP2 SP ETP1": (2, f"{SP} --etp 1"),
+    "TP2 SP ETP4 distributed optimizer": (4, f"{SP} --etp 4 --use-distributed-optimizer"),
+    "PP2, 3 and 1 layers, EP2": (4, "--pp 2 --decoder-last-pipeline-num-layers 1 --ep 2"),
     "TP2 SP EP2 ETP1": (2, "--tp 2 --sequence-parallel --ep 2 --etp 1"),
     "TP2 SP EP2": (4, "--tp 2 --sequence-parallel --ep 2"),
     "PP2 EP2": (4, "--pp 2 --ep 2"),

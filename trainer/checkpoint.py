@@ -15,7 +15,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megapatch.models import commit, core_files
+from megapatch.models import commit, core_files, splits
 from megapatch.models.cli import UserError
 from megapatch.models.family import HfConfig
 from megapatch.models.load import hf_folder, sharded_state
@@ -131,7 +131,8 @@ def state(session: Session, *, loading: bool, same_layout: bool = True) -> dict[
 
 def layout(options: Parallel) -> dict[str, Any]:
     sizes = {name: getattr(options, name) for name in ("tp", "pp", "vpp", "cp", "ep", "expert_tp", "sequence_parallel")}
-    return sizes | {"world_size": torch.distributed.get_world_size()}
+    uneven = {name: value for name in splits.OPTIONS if (value := getattr(options, name)) is not None}
+    return sizes | uneven | {"world_size": torch.distributed.get_world_size()}
 
 
 def _order(options: Any) -> dict[str, Any]:

@@ -155,7 +155,8 @@ class Activations:
         kept = [sum(self.of_layer(layer, at) for at, layer in enumerate(chunk)) for chunk in chunks]
         total = sum(kept) / len(kept) * in_flight(options, stage, count)
         if options.recompute == "full":  # one unit is there whole while its backward pass runs
-            total += options.recompute_unit * max(sum(self.parts(n).values()) for chunk in chunks for n in chunk)
+            whole = (sum(self.parts(layer).values()) for chunk in chunks for layer in chunk)
+            total += options.recompute_unit * max(whole, default=0.0)
         return round(total + (self.of_head(vocabulary) if stage == options.pp - 1 else 0.0))
 
     def of_head(self, vocabulary: int) -> float:

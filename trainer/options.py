@@ -105,9 +105,6 @@ class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, Lor
             "--lr-warmup-iters": (self.lr_wsd_decay_iters or 0) > decay - self.lr_warmup_iters,
             f"--lr {self.lr}: must be above 0": not self.lr > 0,
             f"--mtp-loss-weight {self.mtp_loss_weight}: must be 0 or more": not self.mtp_loss_weight >= 0,
-            f"--etp {self.etp}: above --tp {self.tp}, experts do not train as in one process (loss off by 1e-2)": (
-                self.expert_tp > self.tp
-            ),
             f"--mtp-loss-weight needs --recompute-unit 1, found {self.recompute_unit}": (
                 self.mtp_loss_weight > 0 and self.recompute_unit != 1
             ),

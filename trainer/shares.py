@@ -45,9 +45,12 @@ def place(parallel: Parallel, world_size: int, rank: int) -> Place:
 
 def stage_layers(parallel: Parallel, num_layers: int, stage: int) -> list[range]:
     """The layers of a pipeline stage, counted from 0: one range for each of its chunks."""
-    chunks = parallel.pp * (parallel.vpp or 1)
-    length = num_layers // chunks
-    return [range(n * length, (n + 1) * length) for n in range(stage, chunks, parallel.pp)]
+    found, start = [], 0
+    for counts in parallel.stage_layers(num_layers):
+        first = start + sum(counts[:stage])
+        found.append(range(first, first + counts[stage]))
+        start += sum(counts)
+    return found
 
 
 @dataclass(frozen=True)
