@@ -32,6 +32,9 @@ CASES = {
     "biases, own output layer, TP4": Case("qwen2", "--tp 4", "tp=4,pp=2", {"vocab_size": 97}),
     OTHER_CHUNKS: Case("qwen3", "--pp 2 --vpp 2", "tp=2,pp=2,vpp=2", {}),
     "PP2": Case("qwen2", "--pp 2", "pp=4", {}),
+    "PP2, 1 and 3 layers": Case(
+        "qwen3", "--pp 2 --decoder-first-pipeline-num-layers 1", "pp=2,decoder_last_pipeline_num_layers=1", {}
+    ),
     "dense and mixture layers, TP2 EP2": Case("qwen3_moe", "--tp 2 --ep 2", "tp=2,ep=2", {"vocab_size": 97}),
     "mixtures, TP2 PP2 EP2, experts whole": Case("mixtral", "--tp 2 --pp 2 --ep 2 --etp 1", "tp=2,etp=1,ep=2", {}),
     "mixtures, EP4": Case("mixtral", "--ep 4", "ep=4", {}),
@@ -80,7 +83,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
         convert(folder / "core", folder / "chunked", "--to", "core", "--chunk", case.chunk, "--spec", "local", *one)
         local = ("--spec", "local", "--experts", "sequential")
         convert(folder / "core", folder / "legacy", "--to", "legacy", *case.layout.split(), *one, *local)
-        words = case.layout.replace("--", "").split()
+        words = case.layout.replace("--", "").replace("-", "_").split()
         layout = {flag: int(size) for flag, size in zip(words[::2], words[1::2], strict=True)}
         layout |= {"sequence_parallel": True} if layout.get("tp", 1) > 1 else {}
         paths = {kind: str(folder / kind / "release") for kind in ("core", "chunked", "legacy")}

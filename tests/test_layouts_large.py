@@ -3,6 +3,9 @@
 import layout_tables
 import pytest
 from layout_tables import OVERLAP, SP, Table
+from test_layouts_latent import SMALL, predicting
+
+from megapatch.models import splits
 
 DENSE = {"TP2 SP PP2 CP2": (8, f"{SP} --pp 2 --cp 2")}  # name: (processes, arguments)
 DENSE_SLOW = {
@@ -10,6 +13,7 @@ DENSE_SLOW = {
     "TP2 SP CP2 DP2 distributed optimizer": (8, f"{SP} --cp 2 --use-distributed-optimizer"),
     "PP4 DP2": (8, "--pp 4"),
     "CP4 DP2": (8, "--cp 4"),
+    "TP2 SP PP2 VPP2 uneven, CP2": (8, f"{SP} --pp 2 --vpp 2 --cp 2 {splits.LAYOUT} Ett|t||tL"),
 }
 MIXTURE_SLOW = {
     "TP2 SP PP2 EP4 ETP1": (8, f"{SP} --pp 2 --ep 4 --etp 1"),
@@ -17,17 +21,27 @@ MIXTURE_SLOW = {
     "EP8": (8, "--ep 8"),
     "TP2 SP EP4, distributed optimizer, overlap": (8, f"{SP} --ep 4 {OVERLAP}"),
     "PP2 VPP2 EP2 DP2": (8, "--pp 2 --vpp 2 --ep 2"),
+    "TP2 SP EP2 ETP4": (8, f"{SP} --ep 2 --etp 4"),
+    "CP2 EP2 ETP2, distributed optimizer, overlap": (8, f"--cp 2 --ep 2 --etp 2 {OVERLAP}"),
+    "PP2 ETP4": (8, "--pp 2 --etp 4"),
 }
 LATENT_SLOW = {
     "TP2 SP PP2 CP2": (8, f"{SP} --pp 2 --cp 2"),
     "TP2 SP PP2 EP4 ETP1": (8, f"{SP} --pp 2 --ep 4 --etp 1"),
     "CP2 EP4 DP2": (8, "--cp 2 --ep 4"),
+    "PP4 uneven, EP2": (8, f"--pp 4 --ep 2 --use-distributed-optimizer {splits.LAYOUT} Et||tt|tL"),
+}
+PREDICTION_SLOW = {
+    "TP2 SP PP2 EP4 ETP1": (8, f"{SP} --pp 2 --ep 4 --etp 1"),
+    "PP2 VPP2 EP4 distributed optimizer, overlap": (8, f"--pp 2 --vpp 2 --ep 4 {OVERLAP}"),
+    "PP4 uneven, EP2": (8, f"--pp 4 --ep 2 {splits.LAYOUT} Et||tt|tmL"),
 }
 TABLES = {"qwen3": Table("qwen3", DENSE)}
 SLOW = {
     "qwen3": Table("qwen3", DENSE_SLOW),
     "qwen3_moe": Table("qwen3_moe", MIXTURE_SLOW),
     "deepseek_v3": Table("deepseek_v3", LATENT_SLOW),
+    "prediction": Table("deepseek_v3", PREDICTION_SLOW, f"{SMALL} --mtp-loss-weight 0.3", predicting),
 }
 CASES, SLOW_CASES = layout_tables.cases(TABLES), layout_tables.cases(SLOW)
 

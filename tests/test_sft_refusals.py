@@ -25,7 +25,6 @@ REFUSED = {  # arguments -> what is said
     f"{HERE} --data {{}}/chats.jsonl": "give one of --data-path",
     f"{HERE} --eval-interval 2": "--eval-interval needs --valid-data-path",
     f"{HERE} --valid-data-path {{}}/chats": "need --eval-interval",
-    f"{HERE} --mtp-loss-weight 0.1": "--mtp-loss-weight has no effect",
     f"{HERE} --truncate split": "--truncate is for --data; give it to mp-preprocess-chat",
     f"{HERE} --cp 2 --seq-length 126": "must be divisible by 2 x --cp",
     f"{HERE} --seq-length 16": "conversations are longer than --seq-length 16",

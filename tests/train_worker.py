@@ -106,9 +106,10 @@ class Faults:
 
     def spoil_gradient(self, run: Session, *args: Any, train: bool) -> Any:
         self.step = run.step + 1 if train else -1
-        parameter = next(p for p in run.models[0].parameters() if p.dim() > 1)
-        wrong = self.what() == "gradient"  # before it is reduced over the ranks, as a number too large would be
-        hook = parameter.register_hook(lambda gradient: gradient * float("nan")) if wrong else None
+        hook = None
+        if self.what() == "gradient":  # before it is reduced over the ranks, as a number too large would be
+            parameter = next(p for p in run.models[0].parameters() if p.dim() > 1)
+            hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
         with self.kept.watching() if self.kept else nullcontext():
             found = self.run_batches(run, *args, train=train)
         if hook:
