@@ -233,6 +233,7 @@ def test_training_what_is_not_there_is_refused(
 
 
 def test_a_model_that_has_none_is_refused(tmp_path: Path) -> None:
+    from megapatch.models.device import Device
     from megapatch.trainer.options import PretrainOptions
     from megapatch.trainer.session import _overrides
 
@@ -240,4 +241,4 @@ def test_a_model_that_has_none_is_refused(tmp_path: Path) -> None:
     words = trainer_runs.arguments(tmp_path, "x", "y", WEIGHT)
     options = cli.parser(PretrainOptions, prog="mp-pretrain").parse_args(words)
     with pytest.raises(cli.UserError, match="no layers for multi-token prediction"):
-        _overrides(options, hf)
+        _overrides(options, Device("cpu", False, False, "a test"), hf)

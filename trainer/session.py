@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, param_and_grad_buffer
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
@@ -163,6 +163,8 @@ def _wrap(
         bucket_size=options.ddp_bucket_size,
         reduce_scatter_with_fp32_accumulation=by_exchange,
     )
+    if not by_exchange:  # megatron-core keeps this choice for the whole process; an earlier run in it may have made it
+        param_and_grad_buffer.dist_reduce_scatter_func = torch.distributed.reduce_scatter_tensor
     return DistributedDataParallel(config, ddp, model, disable_bucketing=not first)
 
 

@@ -171,7 +171,7 @@ def activation(fp32: bool) -> Way:
             return None
         config = mlp.config
         own = mlp.config = copy.copy(config)
-        own.bias_activation_fusion = False
+        own.bias_activation_fusion = own.use_te_activation_func = False  # the latter is what models.layers.fused sets
         if fp32:
             own.activation_func = lambda x: config.activation_func(x.float())
         dtype = mlp.linear_fc2.weight.dtype
