@@ -54,24 +54,32 @@ class Trainer:
     def run(self) -> None:
         """Train until --train-iters, or until a signal asks to stop; the state is saved at the end."""
         options, session = self.session.options, self.session
-        reason = "done"
+        try:
+            reason = self._steps()
+            self.save()
+        except BaseException:
+            self.progress.close(failed=True)
+            raise
+        self.records.write("end", step=session.step, reason=reason, consumed_samples=session.consumed_samples)
+        if options.requeue_file and session.step < options.train_iters and first():
+            options.requeue_file.touch()
+        self.progress.close()
+
+    def _steps(self) -> str:
+        """Every step that is left, with what is due between them; why it ended."""
+        options, session = self.session.options, self.session
         if session.step == 0 and options.eval_interval:
             self.evaluate()
         while session.step < options.train_iters:
             self._one_step()
             if signal := self._look_around():
-                reason = f"signal {signal}"
                 warn(log, "signal %d: saving at step %d and leaving", signal, session.step)
-                break
+                return f"signal {signal}"
             if options.eval_interval and session.step % options.eval_interval == 0:
                 self.evaluate()
             if options.save_interval and session.step % options.save_interval == 0:
                 self.save(beside=options.async_save and session.step < options.train_iters)
-        self.save()
-        self.records.write("end", step=session.step, reason=reason, consumed_samples=session.consumed_samples)
-        self.progress.close()
-        if options.requeue_file and session.step < options.train_iters and first():
-            options.requeue_file.touch()
+        return "done"
 
     def _one_step(self) -> None:
         session = self.session

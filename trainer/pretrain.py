@@ -243,6 +243,7 @@ def _record_start(session: "Session", records: "Log", plan: Plan) -> None:
         config=resolved(session.options),
         world_size=dist.get_world_size(),
         parameters=session.num_parameters,
+        trained_parameters=session.num_saved,
         resumed_from=session.step if plan.resumed else None,
     )
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +33,7 @@ class Progress:
         self.peak = peak_flops(options, device)
         self.profiler = Profiler(options, device)
         self.page = Page(options) if options.report_interval and first() else None
+        self.pace = Pace()
         self.open = ExitStack()
         self.bar: Any = None
         if first() and sys.stderr.isatty():
@@ -57,24 +59,45 @@ class Progress:
     def tell(self, fields: dict[str, Any]) -> None:
         """One line of a step's record, where one is due; the bar moves."""
         self.profiler.write()
+        self.pace.step()
         if self.due(fields["step"]):
-            log.info(line(fields, self.options.train_iters))
+            left = self.options.train_iters - fields["step"]
+            log.info(line(fields, self.options.train_iters, left * (self.pace.step_s or fields["step_s"])))
         if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {fields['loss']:.4f}", refresh=False)
             self.bar.update(fields["step"] - self.bar.n)
         if self.page:
             self.page.update()
 
-    def close(self) -> None:
-        """The bar is left as it is; the page is brought up to date."""
-        self.profiler.write(last=True)
+    def close(self, *, failed: bool = False) -> None:
+        """The bar is left as it is; the page is brought up to date, after a failure without waiting for it."""
         self.open.close()
-        if self.page:
+        if not failed:
+            self.profiler.write(last=True)
+        if self.page and failed:
+            self.page.leave()
+        elif self.page:
             self.page.finish()
 
 
-def line(fields: dict[str, Any], total: int) -> str:
-    """A step's record for people."""
-    left = (total - fields["step"]) * fields["step_s"]
+class Pace:
+    """Seconds from step to step of late: with evaluations and checkpoints between, without the first, slow step."""
+
+    def __init__(self, steps: int = 50) -> None:
+        self.ends: deque[float] = deque(maxlen=steps + 1)
+
+    def step(self) -> None:
+        """A step has ended."""
+        self.ends.append(time.monotonic())
+
+    @property
+    def step_s(self) -> float:
+        """The mean; 0 before the second step."""
+        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if len(self.ends) > 1 else 0.0
+
+
+def line(fields: dict[str, Any], total: int, left: float) -> str:
+    """A step's record for people; ``left`` seconds to the end."""
     norm = "-" if fields["grad_norm"] is None else f"{fields['grad_norm']:.3f}"
     mfu = f"  MFU {fields['mfu']:.1%}" if "mfu" in fields else ""
     now = max(fields.get("memory_bytes_by_rank", [fields["memory_bytes"]]))
@@ -126,6 +149,10 @@ class Page:
             return
         self.next = time.monotonic() + self.interval_s
         self._start(["--refresh", f"{max(1, round(self.interval_s))}"])
+
+    def leave(self) -> None:
+        """Have the page written of what there is, and do not wait: the run has failed, and others shall hear of it."""
+        self._start([])
 
     def finish(self, limit_s: float = 60) -> None:
         """Write the page of the whole run."""
