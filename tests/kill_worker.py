@@ -3,11 +3,10 @@
     kill_worker.py cases.json results.json
 
 cases.json: a list of {"arguments": [...]} and, when wanted,
-    "kill_after_s": t     kill -9, so many seconds after the fork
+    "signal": [n, t]      signal n, once the process has used so many seconds of a processor: however busy the machine
     "kill_in_save": n     kill -9 in a thread that writes a checkpoint: at the n-th of the calls below
     "one_step": true      a signal comes before the first step: one step, and a checkpoint
-    "signal": [n, t]      signal n after t seconds
-results.json: a list of {"status": exit status, negative: the signal, "seconds", "said": stderr}.
+results.json: a list of {"status": exit status, negative: the signal, "cpu_s", "said": stderr}.
 """
 
 import json
@@ -19,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import psutil
 
 from megapatch.models import commit, core_files, device
 
@@ -56,21 +57,20 @@ def child(case: dict, said: Path) -> None:
 
 
 def run(case: dict, said: Path) -> dict:
-    start = time.monotonic()
     pid = os.fork()
     if pid == 0:
         try:
             child(case, said)
         finally:
             os._exit(99)
-    number, after = (signal.SIGKILL, case["kill_after_s"]) if "kill_after_s" in case else case.get("signal", (0, 0))
-    timer = threading.Timer(after, os.kill, (pid, number)) if number else None
-    if timer:
-        timer.start()
-    _, status = os.waitpid(pid, 0)
-    if timer:
-        timer.cancel()
-    found = {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - start}
+    number, after_s = case.get("signal", (0, 0))
+    while number and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if sum(psutil.Process(pid).cpu_times()[:2]) >= after_s:
+            os.kill(pid, number)
+            break
+        time.sleep(0.003)
+    _, status, used = os.wait4(pid, 0)
+    found = {"status": os.waitstatus_to_exitcode(status), "cpu_s": used.ru_utime + used.ru_stime}
     return found | {"said": said.read_text()}
 
 

@@ -18,6 +18,7 @@ STEPS = 40
 EVERY = f"--train-iters {STEPS} --save-interval 1 --eval-interval 9 --eval-iters 1 --split 60,40 --log-interval 100"
 CI_STEPS = (1, 20, 39)  # steps after which a run is resumed in the default suite
 CI_KILLS, ALL_KILLS = 5, (20, 10)  # the latter: runs, and kills of each
+NAMING = (core_files.METADATA, "options.args")
 IN_SAVE = (1, 3, 6, 9, 12, 15, 17, 18, 19)  # calls in a save at which it is killed
 
 
@@ -39,6 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model(made, "dropout", attention_dropout=0.2)
     (run,) = resumed(made, [{"arguments": arguments(made, "dropout", "whole", EVERY)}])
     assert run["status"] == 0, run["said"]
+    (made / "cpu_s").write_text(str(run["cpu_s"]))
     return made
 
 
@@ -51,6 +53,16 @@ def losses(save: Path) -> dict[int, Any]:
     return found
 
 
+def refuse_lost(save: Path) -> None:
+    """Each start goes on from the last checkpoint that the log says is complete, or from a newer one."""
+    saved = 0
+    for record in log_of(save):
+        if record["event"] == "save":
+            saved = record["step"]
+        elif record["event"] == "start":
+            assert (record["resumed_from"] or 0) >= saved, record
+
+
 def at_step(folder: Path, step: int) -> Path:
     """A run's folder as it was after the step: with this checkpoint alone."""
     save = folder / f"from{step}"
@@ -61,10 +73,10 @@ def at_step(folder: Path, step: int) -> Path:
 
 
 def files(checkpoint: Path) -> dict[str, dict]:
-    """Size and digest of each file; but for torch's .metadata, which names the folder."""
+    """Size and digest of each file, but for those that name the run's folder: torch's .metadata, and the options."""
     manifest = commit.read_manifest(checkpoint)
     assert manifest is not None
-    return {name: said for name, said in manifest["files"].items() if name != core_files.METADATA}
+    return {name: said for name, said in manifest["files"].items() if name not in NAMING}
 
 
 def resume_at(folder: Path, steps: Any) -> None:
@@ -89,13 +101,19 @@ def test_one_step_after_a_resume_at_any_step_gives_the_same_checkpoint_to_the_bi
 
 
 def kill_often(folder: Path, kills: int, how: str, seed: int) -> None:
-    """Kill a run at random times until it has been killed so often, starting anew where it finished; then compare."""
+    """Kill a run at random times; then it comes to its end, to the bit, and no start had lost a checkpoint."""
     chance, save = random.Random(seed), folder / f"kills{seed}"
     words = arguments(folder, "dropout", save.name, f"{EVERY} {how}")
-    cases: list[dict] = [{"arguments": words, "kill_after_s": chance.uniform(0.1, 2.5)} for _ in range(kills)]
+    limit_s = float((folder / "cpu_s").read_text()) / 4
+    cases: list[dict] = [{"arguments": words, "signal": [9, chance.uniform(0, limit_s)]} for _ in range(kills)]
     ran = resumed(folder, [*cases, {"arguments": words}])
-    assert {run["status"] for run in ran[:-1]} <= {-9, 0} and -9 in {run["status"] for run in ran}
+    killed = [run["status"] for run in ran].count(-9)
+    print(
+        f"seed {seed}: killed {killed} times of {kills}, {len(events(log_of(save), 'start'))} came to their first step"
+    )
+    assert {run["status"] for run in ran[:-1]} <= {-9, 0} and killed > kills / 2
     assert ran[-1]["status"] == 0, ran[-1]["said"]
+    refuse_lost(save)
     assert losses(save) == losses(folder / "whole")
     assert core_files.read_tracker(save) == STEPS
     assert [path.name for path in save.glob("iter_*.tmp")] == []

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ WORKER = [sys.executable, str(ROOT / "tests" / "lock_worker.py")]
 
 def start(*words: str | Path, before: tuple[str, ...] = ()) -> subprocess.Popen:
     command = [*before, *WORKER, *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    found = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": found}  # the worker stands for mp-preprocess too
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,13 +52,41 @@ def test_a_run_waits_for_one_that_is_about_to_end(tmp_path: Path) -> None:
     assert (first.wait(), ending.wait()) == (-9, 0)
 
 
-def test_eight_processes_that_race_build_once(tmp_path: Path) -> None:
+def race(tmp_path: Path) -> None:
+    """Eight processes want the same folder at the same time: one builds it, and all read the same."""
     final = tmp_path / "cache" / "indices"
     runs = [start("build", final) for _ in range(8)]
     said = [run.communicate(timeout=60) for run in runs]
     assert [out for out, _ in said] == ["of all\n"] * 8, said
     assert (tmp_path / "builds").read_text() == "x"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["indices"]
+
+
+def test_eight_processes_that_race_build_once(tmp_path: Path) -> None:
+    race(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repeat", range(20))
+def test_eight_processes_that_race_build_once_each_of_20_times(tmp_path: Path, repeat: int) -> None:
+    race(tmp_path)
+
+
+def test_files_are_made_into_data_once_whoever_races_or_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("some")
+    first = start("make", tmp_path)
+    while not (tmp_path / "builds").exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    first.kill()  # what it started goes on
+    first.wait()
+    runs = [start("make", tmp_path) for _ in range(4)]
+    said = {run.communicate(timeout=60) for run in runs}
+    ((prefix, _),) = {(out, "") for out, _ in said}
+    assert prefix.startswith(f"{tmp_path}/cache/text-") and (tmp_path / "builds").read_text() == "x"
+    (tmp_path / "text").write_text("other")
+    assert start("make", tmp_path).communicate(timeout=60)[0] not in ("", prefix)
+    assert (tmp_path / "builds").read_text() == "xx"
 
 
 def test_what_a_killed_builder_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from megapatch.models.data_formats import described
 from megapatch.models.indexed_data import blocks, manifest_path, read_index
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.trainer.data_cache import building, key
-from megapatch.trainer.options import SPLIT, PretrainOptions, TrainOptions
+from megapatch.trainer.data_options import PARTS, SPLIT, Shares
+from megapatch.trainer.made_data import Maker, idle_words
+from megapatch.trainer.named_data import Named, agreed, checkable, named
+from megapatch.trainer.options import PretrainOptions, TrainOptions
 from megapatch.trainer.ranks import warn
 from megapatch.trainer.sources import BySource
 
 log = logging.getLogger(__name__)
-SPLITS = ("training", "validation", "test")
-Shares = list[tuple[float, float] | None]  # of documents, in parts of 1: first and last place for each of SPLITS
 Blend = tuple[list[str], list[float] | None]
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -41,27 +43,6 @@ class DataTokenizer:
         return {"vocab_size": self.vocab_size, "eod": self.eod, "digest": self.digest}
 
 
-def parse_blend(words: list[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:
-    """Prefixes and their weights, None where none are given, from 'PREFIX ...' or 'WEIGHT PREFIX WEIGHT PREFIX ...'."""
-
-    def weight(word: str) -> float | None:
-        try:
-            return float(word)
-        except ValueError:
-            return None
-
-    weights = [weight(word) for word in words[::2]]
-    if len(words) < 2 or any(w is None for w in weights):
-        return list(words), None
-    if len(words) % 2:
-        raise UserError(f"{flag}: {len(words)} words; a blend needs WEIGHT PREFIX pairs")
-    numbers = [w for w in weights if w is not None]
-    for number, prefix in zip(numbers, words[1::2], strict=True):
-        if not 0 < number < float("inf"):
-            raise UserError(f"{flag}: weight {number} of {prefix}; a weight is a number above 0")
-    return words[1::2], numbers
-
-
 def check_data(options: PretrainOptions, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuse data that this model cannot train on: damaged pairs, another tokenizer, a share without documents."""
     if tokenizer.vocab_size > vocab_size:
@@ -69,22 +50,41 @@ def check_data(options: PretrainOptions, tokenizer: Tokenizer, vocab_size: int) 
             f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {vocab_size};"
             " use the model's own tokenizer, or a model with a larger vocab_size"
         )
-    for words, flag, shares in _parts(options):
-        for prefix in parse_blend(words, flag)[0]:
+    for part in _parts(options):
+        for prefix in checkable(options, part.named, _maker(options), tokenizer):
             known = described(prefix)
             if known.form != "corpus":
                 what = f"format {known.form}{known.part}"
                 raise UserError(f"{known.path}: {what}; mp-pretrain trains on corpora, made by mp-preprocess")
-            _check_shares(prefix, shares, options)
+            _check_shares(prefix, part.shares, options)
             _check_tokenizer(prefix, known.manifest, tokenizer, options)
 
 
-def _parts(options: PretrainOptions) -> list[tuple[list[str], str, Shares]]:
-    """Words that name data, the flag they follow, and the shares that are taken of each pair."""
-    if not options.valid_data_path:
-        return [(options.data_path, "--data-path", _shares(options))]
-    train, valid = (options.data_path, "--data-path"), (options.valid_data_path, "--valid-data-path")
-    return [(*train, [(0.0, 1.0), None, None]), (*valid, [None, (0.0, 1.0), None])]
+@dataclass(frozen=True)
+class Part:
+    """Data that one flag names, and the shares that are taken of each pair."""
+
+    named: Named
+    shares: Shares
+
+
+def _parts(options: PretrainOptions) -> list[Part]:
+    """What is trained on, and what is named apart from it."""
+    shares = options.shares()
+    if options.eval_interval and not (shares[1] or options.validates_apart):
+        raise UserError(f"--split {options.split or SPLIT}: leaves nothing to validate with; leave out --eval-interval")
+    used = [True, options.eval_interval > 0, options.tests]
+    found = [Part(named(options, PARTS[0]), [share if use else None for share, use in zip(shares, used, strict=True)])]
+    for number, apart in ((1, options.validates_apart), (2, options.tests_apart)):
+        if apart:
+            whole: Shares = [(0.0, 1.0) if i == number else None for i in range(len(PARTS))]
+            found.append(Part(named(options, PARTS[number]), whole))
+    return found
+
+
+def _maker(options: PretrainOptions) -> Maker:
+    """mp-preprocess, as --data is read."""
+    return Maker("mp-preprocess", "megapatch.tools.preprocess.preprocess", "text", (), idle_words(options))
 
 
 def _check_tokenizer(
@@ -108,85 +108,68 @@ def _check_tokenizer(
         )
 
 
-def _shares(options: PretrainOptions) -> Shares:
-    """The shares that --split makes of the documents to train on, to validate with, and to leave alone."""
-    split = options.split or SPLIT
-    try:
-        parts = [float(part) for part in split.split(",")]
-    except ValueError:
-        parts = []
-    if not 1 <= len(parts) <= len(SPLITS) or min(parts) < 0 or not 0 < sum(parts) < float("inf"):
-        raise UserError(f"--split {split}: expected up to three shares with commas between, like 98,2,0")
-    if not parts[0]:
-        raise UserError(f"--split {split}: leaves nothing to train on")
-    if options.eval_interval and (len(parts) < 2 or not parts[1]):
-        raise UserError(f"--split {split}: leaves nothing to validate with; leave out --eval-interval")
-    ends = [sum(parts[: i + 1]) / sum(parts) for i in range(len(parts))]
-    return [(0.0, ends[0]), (ends[0], ends[1]) if options.eval_interval else None, None]
-
-
 def _check_shares(prefix: str, shares: Shares, options: PretrainOptions) -> None:
     """megatron-core would count the epochs of a share without tokens for ever."""
     index = read_index(prefix)
     documents = len(index.lengths)
-    for name, share in zip(SPLITS, shares, strict=True):
+    for name, share in zip(PARTS, shares, strict=True):
         if share is None:
             continue
         begin, end = (round(place * documents) for place in share)
         tokens = sum(int(block.sum(dtype="int64")) for block in blocks(index.lengths[begin:end]))
         if tokens < 2:
-            by = "" if options.valid_data_path else f" (--split {options.split or SPLIT})"
-            mend = "bring" if options.valid_data_path else "change --split, or bring"
+            whole = share == (0.0, 1.0)
+            by = "" if whole else f" (--split {options.split or SPLIT})"
+            mend = "bring" if whole else "change --split, or bring"
             raise UserError(
                 f"{prefix}: {end - begin} of its {documents} documents are for {name}{by}, with {tokens} tokens; "
                 f"{mend} more documents"
             )
 
 
-def build_datasets(options: PretrainOptions, tokenizer: Tokenizer) -> tuple[Any, Any]:
-    """Training and validation datasets (None without --eval-interval); every rank must call."""
-    blends = [_blend(words, flag) for words, flag, _ in _parts(options)]
+def build_datasets(options: PretrainOptions, tokenizer: Tokenizer) -> list[Any]:
+    """Datasets to train, validate and test with, None where there is no such evaluation; every rank must call."""
+    parts = [part for part in _parts(options) if part.shares[1] is None or options.eval_interval]
+    blends = [_blend(part.named, agreed(options, part.named, _maker(options), tokenizer)) for part in parts]
     batch = options.global_batch_size
-    sizes = (options.train_iters * batch, options.eval_iters * batch, 0)
-    evaluated = bool(options.eval_interval)
-    made_of = [options.seed, options.seq_length, options.split or SPLIT, evaluated, tokenizer.digest]
-    root = options.data_cache_path or options.save / "data-cache"
+    sizes = [options.train_iters * batch, options.eval_iters * batch, options.eval_iters * batch]
+    made_of = [options.seed, options.seq_length, [part.shares for part in parts], tokenizer.digest]
     prefixes = [prefix for names, _ in blends for prefix in names]
-    with building(root, key(prefixes, [[weights for _, weights in blends], sizes, *made_of])) as folder:
-        config = GPTDatasetConfig(
-            random_seed=options.seed,
-            sequence_length=options.seq_length,
-            path_to_cache=str(folder),
-            tokenizer=DataTokenizer(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.digest),
-            reset_position_ids=options.reset_position_ids,
-            reset_attention_mask=False,
-            eod_mask_loss=options.eod_mask_loss,
-            create_attention_mask=False,
-            **(_of_one(blends[0]) if len(blends) == 1 else _of_two(blends, evaluated)),
-        )
-        if len(blends) == 1:
-            config.split_matrix = _shares(options)
-        train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
-    for name, dataset, size in (("training", train, sizes[0]), ("validation", valid, sizes[1])):
+    found: list[Any] = [None] * len(PARTS)
+    with building(options.data_cache, key(prefixes, [[weights for _, weights in blends], sizes, *made_of])) as folder:
+        for part, blend in zip(parts, blends, strict=True):
+            config = _config(options, tokenizer, folder, blend)
+            config.split_matrix = part.shares
+            made = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+            found = [old if new is None else new for old, new in zip(found, made, strict=True)]
+    for name, dataset, size in zip(PARTS, found, sizes, strict=True):
         if dataset is not None:
             assert len(dataset) >= size, f"megatron-core built {len(dataset)} {name} samples instead of {size}"
-    return train, valid
+    return found
 
 
-def _blend(words: list[str], flag: str) -> Blend:
+def _config(options: PretrainOptions, tokenizer: Tokenizer, folder: Path, blend: Blend) -> GPTDatasetConfig:
+    """For the data of one part; what is taken of them is to be filled in, as ``split_matrix``."""
+    return GPTDatasetConfig(
+        random_seed=options.seed,
+        sequence_length=options.seq_length,
+        path_to_cache=str(folder),
+        tokenizer=DataTokenizer(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.digest),
+        reset_position_ids=options.reset_position_ids,
+        reset_attention_mask=False,
+        eod_mask_loss=options.eod_mask_loss,
+        create_attention_mask=False,
+        blend=blend,
+        split="1,0,0",
+    )
+
+
+def _blend(what: Named, prefixes: list[str]) -> Blend:
     """Prefixes and their weights: without given ones, by tokens."""
-    prefixes, weights = parse_blend(words, flag)
+    weights = what.weights
     if weights is None and len(prefixes) > 1:
         weights = [float(read_index(prefix).num_tokens) for prefix in prefixes]
     return prefixes, weights
-
-
-def _of_one(blend: Blend) -> dict[str, Any]:
-    return {"blend": blend, "split": "1,0,0"}  # the split is replaced by --split's
-
-
-def _of_two(blends: list[Blend], evaluated: bool) -> dict[str, Any]:
-    return {"blend_per_split": [blends[0], blends[1] if evaluated else None, None]}
 
 
 def micro_batches(

@@ -48,14 +48,17 @@ def release(folder: Path) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """A block that one process at a time is in, of those that name the folder; the others wait."""
+def alone_in(folder: Path) -> Iterator[int]:
+    """A block that one process at a time is in, of those that name the folder; the others wait.
+
+    Its lock, a descriptor, is held by whom it is passed on to as well.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         if not _locked(descriptor, folder):
             log.info("%s: waiting for another run that builds here", folder)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megapatch.models.cli import UserError
-from megapatch.trainer import checkpoint, signals
+from megapatch.trainer import checkpoint, final_test, signals
 from megapatch.trainer.metrics import Log
 from megapatch.trainer.progress import Progress
 from megapatch.trainer.ranks import first, together, warn
@@ -29,6 +29,8 @@ class Trainer:
     samples: Samples | None = None  # what ``train`` reads, where it can say where that comes from
     trained: BySource | None = None  # is told of losses in training
     validated: BySource | None = None  # and in validation
+    test: Callable[[int], Batches] | None = None  # as ``valid``, for the evaluation after the last step
+    tested: BySource | None = None  # is told of losses in that one
     saving: Saving | None = None  # the checkpoint that is written beside the training
 
     def __init__(
@@ -57,11 +59,14 @@ class Trainer:
         try:
             reason = self._steps()
             self.save()
+            if reason == "done":
+                reason = self._test()
         except BaseException:
             self.progress.close(failed=True)
             raise
         self.records.write("end", step=session.step, reason=reason, consumed_samples=session.consumed_samples)
-        if options.requeue_file and session.step < options.train_iters and first():
+        unfinished = session.step < options.train_iters or (self.test and reason != "done")
+        if options.requeue_file and unfinished and first():
             options.requeue_file.touch()
         self.progress.close()
 
@@ -143,21 +148,36 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Log the mean loss of the first global batches of the validation split; not if a signal cuts it short."""
-        if not self.eval_steps:
-            return
+        if self.eval_steps:
+            self._evaluate("eval", "valid", self.valid, self.validated)
+
+    def _test(self) -> str:
+        """Log and keep the mean loss on data to test with; "done", or the signal that cut it short."""
+        if self.test is None:
+            return "done"
+        loss = self._evaluate("test", "test", self.test, self.tested)
+        with together():
+            if loss is not None and first():
+                final_test.write(self.session.options, self.session.step, loss)
+        return f"signal {self._look_around()}" if loss is None else "done"
+
+    def _evaluate(
+        self, event: str, split: str, given: Callable[[int], Batches], losses: BySource | None
+    ) -> float | None:
+        """Log the mean loss of the first global batches of a split, and give it; None if a signal cuts that short."""
         session = self.session
 
         def batches(step: int) -> Batches | None:
             note(f"in evaluation {step + 1} at step {session.step}")
-            return None if self._look_around() else self.valid(step)
+            return None if self._look_around() else given(step)
 
-        if self.validated:
-            self.validated.clear()
-        loss = evaluate(session, batches, self.eval_steps, self.count)
+        if losses:
+            losses.clear()
+        loss = evaluate(session, batches, session.options.eval_iters, self.count)
         if loss is not None:
-            said = self.validated.said if self.validated else {}
-            self.records.write("eval", step=session.step, loss=loss, split="valid", **said)
-            log.info(f"step {session.step}  validation loss {loss:.4f}")
+            self.records.write(event, step=session.step, loss=loss, split=split, **(losses.said if losses else {}))
+            log.info(f"step {session.step}  {'test' if event == 'test' else 'validation'} loss {loss:.4f}")
+        return loss
 
     def save(self, *, beside: bool = False) -> None:
         """Save, unless this step is saved already; ``beside`` the training, or wait until all is durable."""

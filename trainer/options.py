@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, Optional
 
 from megapatch.models.cli import opt
+from megapatch.trainer.data_options import DataOptions
 from megapatch.trainer.fp8_options import Fp8Options
 from megapatch.trainer.lora_options import LoraOptions
 from megapatch.trainer.moe_options import MoeOptions
@@ -12,8 +13,6 @@ from megapatch.trainer.overlap import OverlapOptions
 from megapatch.trainer.recompute_options import RecomputeOptions
 from megapatch.trainer.reliability_options import ReliabilityOptions
 from megapatch.trainer.watching import Watching
-
-SPLIT = "98,2,0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +58,9 @@ class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, Lor
         0.0,
     )
 
+    data_cache_path: Optional[Path] = opt(
+        "folder for what is made of the data once, such as indices, if not SAVE/data-cache", None
+    )
     requeue_file: Optional[Path] = opt(
         "made when a signal ended the run and all is saved, for a job script to see", None
     )
@@ -125,35 +127,30 @@ class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, Lor
         return self.seq_length, self.micro_batch_size
 
     @property
+    def data_cache(self) -> Path:
+        """Folder for what is made of the data once, and then read by every run."""
+        return self.data_cache_path or self.save / "data-cache"
+
+    @property
+    def tests(self) -> bool:
+        """Is there an evaluation after the last step?"""
+        return False
+
+    @property
     def log_path(self) -> Path:
         """Where the JSON-lines log goes."""
         return self.log or self.save / "log.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(TrainOptions):
-    """Train a language model on .bin/.idx data with megatron-core, on a CPU or on GPUs; run it under torchrun for more
-    than one process. It resumes by itself from --save, to the bit where the layout is the same."""
+class PretrainOptions(DataOptions, TrainOptions):
+    """Train a language model with megatron-core on .bin/.idx data, or straight from files of text, on a CPU or on GPUs;
+    run it under torchrun for more than one process. It resumes by itself from --save, to the bit where the layout is
+    the same."""
 
-    data_path: list[str] = opt(
-        "prefixes of .bin/.idx pairs, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...", nargs="+", metavar="PREFIX"
-    )
-    valid_data_path: list[str] = opt(
-        "prefixes, or a blend, to validate with; --data-path is then for training alone, and --split does not apply",
-        [],
-        nargs="+",
-        metavar="PREFIX",
-    )
-    split: Optional[str] = opt(
-        f"shares of --data-path for training, validation, test, by the order of documents (default: {SPLIT})", None
-    )
-    data_cache_path: Optional[Path] = opt("folder for data indices, if not SAVE/data-cache", None)
     eod_mask_loss: bool = opt("no loss on end-of-document tokens", False)
     reset_position_ids: bool = opt("positions start again after an end-of-document token", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.split is not None and self.valid_data_path:
-            raise ValueError(
-                "--split and --valid-data-path: give one; with the latter, all of --data-path is trained on"
-            )
+        self.refuse_data()

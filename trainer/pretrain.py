@@ -1,4 +1,4 @@
-"""mp-pretrain: train a language model on .bin/.idx data."""
+"""mp-pretrain: train a language model on .bin/.idx data, or straight from text."""
 
 import dataclasses
 import json
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 EXAMPLES = """examples:
-  # random weights, one process
-  mp-pretrain --init-from model/config.json --tokenizer tokenizer --data-path data/corpus --save run \\
+  # random weights, one process, straight from text
+  mp-pretrain --init-from model/config.json --tokenizer tokenizer --data text.jsonl --save run \\
       --train-iters 100 --global-batch-size 8 --seq-length 256
   # from a Hugging Face folder, two-way tensor parallel, options from a file and one override
   torchrun --nproc-per-node 2 --no-python mp-pretrain @train.args --model qwen3 --tp 2 --sequence-parallel --lr 1e-4
@@ -95,7 +95,7 @@ class Plan:
     hf: "HfConfig"
     tokenizer: "Tokenizer"
     resumed: Path | None  # the checkpoint to continue from
-    done: bool  # that checkpoint is the last one
+    done: bool  # that checkpoint is the last one, and nothing is left to do
     data_parallel_size: int
     count: int  # micro-batches per step of each data-parallel rank
 
@@ -110,7 +110,7 @@ def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     """Read what the options name, and refuse what does not fit (UserError); joins no process group."""
     from megapatch.models import core_files, family
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.trainer import checkpoint, data
+    from megapatch.trainer import checkpoint, data, final_test
     from megapatch.trainer.describe import processes
 
     kind = kind or PRETRAINING
@@ -127,7 +127,8 @@ def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     kind.check(options, tokenizer, family.vocab_size(hf))
     size = options.data_parallel_size(processes(options))
     count = data.num_micro_batches(options, size)
-    return Plan(source, hf, tokenizer, resumed, isinstance(step, int) and step >= options.train_iters, size, count)
+    done = isinstance(step, int) and step >= options.train_iters and final_test.done(options)
+    return Plan(source, hf, tokenizer, resumed, done, size, count)
 
 
 def prepare(options: TrainOptions, device: "Device", plan: Plan, kind: Kind | None = None) -> "tuple[Trainer, Log]":
@@ -163,11 +164,13 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
 
     options, vocab_size = session.options, family.vocab_size(session.hf)
     assert isinstance(options, PretrainOptions)
-    dataset, valid = data.build_datasets(options, plan.tokenizer)
+    dataset, valid, test = data.build_datasets(options, plan.tokenizer)
     train = Samples(dataset, in_corpus)
     batches = partial(data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)
     trained = BySource(sources(dataset), session.device.torch)
-    validated = BySource(sources(dataset if valid is None else valid), session.device.torch)
+    validated, tested = (
+        BySource(sources(dataset if held is None else held), session.device.torch) for held in (valid, test)
+    )
     mixtures = sum(mixture_layers(session.config))
     trainer = Trainer(
         session,
@@ -180,6 +183,9 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
         eval_steps=options.eval_iters if valid is not None else 0,
     )
     trainer.samples, trainer.trained, trainer.validated = train, trained, validated
+    if test is not None:
+        trainer.tested = tested
+        trainer.test = lambda step: partial(batches, test, first=step * options.global_batch_size, losses=tested)
     return trainer
 
 

@@ -14,13 +14,13 @@ from megapatch.models.indexed_data import manifest_path, read_index, read_manife
 from megapatch.models.packed_rows import PackedRows, Row, one_by_one
 from megapatch.models.packing import Plan, document_lengths, pack, plan_path, read_plan, refuse_long, write_plan
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.trainer.data import parse_blend
+from megapatch.trainer.made_data import Maker, idle_words
+from megapatch.trainer.named_data import agreed, checkable, named
 from megapatch.trainer.ranks import first, together, warn
-from megapatch.trainer.sft_cache import make, prefix_for, refuse_missing
-from megapatch.trainer.sft_options import SftOptions
+from megapatch.trainer.sft_options import READING, SftOptions
 
 log = logging.getLogger(__name__)
-PARTS = {"training": ("data_path", "data"), "validation": ("valid_data_path", "valid_data")}
+PARTS = ("training", "validation")
 
 
 def check_data(options: SftOptions, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -31,27 +31,21 @@ def check_data(options: SftOptions, tokenizer: Tokenizer, vocab_size: int) -> No
             " use the model's own tokenizer, or a model with a larger vocab_size"
         )
     for part in PARTS:
-        groups, _, direct = _named(options, part)
-        if direct and (options.dry_run or not first()):
-            for files in groups:
-                refuse_missing(files)
-            continue
-        prefixes = [str(make(options, files, tokenizer.folder)) for files in groups] if direct else _flat(groups)
-        for prefix in prefixes:
+        for prefix in checkable(options, named(options, part), _maker(options), tokenizer):
             _check(prefix, tokenizer, options)
 
 
-def _named(options: SftOptions, part: str) -> tuple[list[list[str]], list[float] | None, bool]:
-    """Names of a part that belong together, weights of these groups, and whether they are files of conversations."""
-    made, direct = (f"--{name.replace('_', '-')}" for name in PARTS[part])
-    words, files = (getattr(options, name) for name in PARTS[part])
-    names, weights = parse_blend(files or words, direct if files else made)
-    together_ = bool(files) and weights is None  # without weights, files are one set
-    return ([names] if together_ else [[name] for name in names]) if names else [], weights, bool(files)
-
-
-def _flat(groups: list[list[str]]) -> list[str]:
-    return [name for group in groups for name in group]
+def _maker(options: SftOptions) -> Maker:
+    """mp-preprocess-chat, as --data is read."""
+    words = ["--max-length", str(options.seq_length)]
+    for name in READING:
+        value: Any = getattr(options, name)
+        if value not in (None, False, "") and name != "workers":
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag] if value is True else [f"{flag}={value}"]
+    files = [Path(options.template)] if options.template and Path(options.template).is_file() else []
+    module = "megapatch.tools.preprocess.preprocess_chat"
+    return Maker("mp-preprocess-chat", module, "chats", tuple(words), idle_words(options), tuple(files))
 
 
 def _check(prefix: str, tokenizer: Tokenizer, options: SftOptions) -> None:
@@ -143,28 +137,12 @@ def build(options: SftOptions, tokenizer: Tokenizer) -> tuple[Blend, Blend | Non
 
 
 def _blend(options: SftOptions, tokenizer: Tokenizer, part: str, samples: int) -> Blend:
-    groups, weights, direct = _named(options, part)
-    prefixes = _agreed(options, groups, tokenizer) if direct else _flat(groups)
+    what = named(options, part)
+    prefixes = agreed(options, what, _maker(options), tokenizer)
     with together():
         sets = [_rows(prefix, options, tokenizer) for prefix in prefixes]
-    which, nth = interleaved(weights or [float(len(rows)) for rows in sets], samples)
+    which, nth = interleaved(what.weights or [float(len(rows)) for rows in sets], samples)
     return Blend(prefixes, sets, options.seed if part == "training" else None, which, nth, {})
-
-
-def _agreed(options: SftOptions, groups: list[list[str]], tokenizer: Tokenizer) -> list[str]:
-    """The prefixes that the first process made of files, told to all."""
-    import torch.distributed as dist
-
-    found: list[Any] = [None]
-    with together():
-        if first():
-            found = [[str(prefix_for(options, files, tokenizer.folder)) for files in groups]]
-    dist.broadcast_object_list(found)
-    with together():
-        for prefix in found[0]:
-            if not manifest_path(prefix).exists():
-                raise UserError(f"{prefix}: not there; --save must be a folder that all nodes share")
-    return list(found[0])
 
 
 def _rows(prefix: str, options: SftOptions, tokenizer: Tokenizer) -> PackedRows:

@@ -88,6 +88,7 @@ class SftOptions(ChatOptions, TrainOptions):
             "--valid-data-path and --valid-data: give one": bool(self.valid_data_path and self.valid_data),
             "--eval-interval needs --valid-data-path or --valid-data": self.eval_interval > 0 and not validates,
             "--valid-data-path and --valid-data need --eval-interval": validates and not self.eval_interval,
+            "--data-cache-path is for --data": self.data_cache_path is not None and not self.read,
             f"--{''.join(untouched[:1]).replace('_', '-')} is for --data; give it to mp-preprocess-chat": bool(
                 untouched
             ),
