@@ -31,15 +31,17 @@ def test_losses_of_sources_have_their_chart(tmp_path: Path) -> None:
         train(2, 2.5, loss_of={"b/text": 2.5}),
         {"event": "eval", "step": 2, "loss": 2.25, "split": "valid", "loss_of": {"a/code": 3.0, "b/text": 1.5}},
         train(3, 2.0, loss_of={"a/code": 2.5, "b/text": None}),
+        {"event": "test", "step": 3, "loss": 2.125, "split": "test", "loss_of": {"a/code": 2.75}},
     ]
     html = page(tmp_path, run=lines)
     shown, made = figure(html, "Loss by source"), Page(html)
     assert made.row("run, code") == ["run, code", "4", "2.5", "2.5", "3"]
     assert made.row("run, code, valid") == ["run, code, valid", "3", "3", "3", "2"]
+    assert made.row("run, test")[1] == "2.125" and made.row("run, code, test")[1] == "2.75"
     assert made.row("run, text") == ["run, text (1 not finite)", "2", "2.5", "2", "1"]
     assert made.row("run, text, valid") == ["run, text, valid", "1.5", "1.5", "1.5", "2"]
     plot = shown.split('class="plot"')[1]
-    assert plot.count('class="hollow c0"') == plot.count('class="hollow c1"') == 1
+    assert plot.count('class="hollow c0"') == 2 and plot.count('class="hollow c1"') == 1
     assert 'class="line c0"' in plot and 'class="line c1"' in plot
 
 

@@ -96,7 +96,7 @@ class WeightsAndBiases:
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """Its numbers, by name; those by source or by rank as NAME/SOURCE; of other events than these nothing."""
-    if record.get("event") not in ("train", "eval"):
+    if record.get("event") not in ("train", "eval", "test"):
         return {}
     found: dict[str, float] = {}
     for name, value in record.items():

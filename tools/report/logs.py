@@ -9,7 +9,8 @@ from typing import Any
 
 from megapatch.models.cli import UserError
 
-EVENTS = ("start", "data", "train", "samples", "bad_step", "eval", "save", "resume", "end")
+EVENTS = ("start", "data", "train", "samples", "bad_step", "eval", "test", "save", "resume", "end")
+MEASURED = ("train", "eval", "test")  # have a loss at a step
 NAN = float("nan")
 
 
@@ -54,7 +55,7 @@ def read_run(label: str, path: Path) -> Run:
         if event not in EVENTS:
             run.unknown += 1
             continue
-        if event in ("train", "eval"):
+        if event in MEASURED:
             need(line, "step", int, where)
             for key in line.keys() & NUMBERS:
                 _need_number(line[key], key, where)
@@ -104,7 +105,7 @@ NUMBERS = {
 
 
 def _add(run: Run, event: str, line: dict[str, Any]) -> None:
-    lists = {"start": run.starts, "train": run.train, "eval": run.evals, "data": run.data}
+    lists = {"start": run.starts, "train": run.train, "eval": run.evals, "test": run.evals, "data": run.data}
     if event in lists:
         lists[event].append(line)
     step = line.get("resumed_from" if event == "start" else "step")
