@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer_runs import corpus, events, model, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megapatch.models import device, family
-from megapatch.models.shapes import num_parameters
+from megapatch.models import device, family, lora
+from megapatch.models.shapes import Layout, num_parameters
 
 device.start()  # before megatron-core is imported
 
 from megapatch.models.build import config_class  # noqa: E402
 from megapatch.models.layers.spec import mixture_layers  # noqa: E402
+from megapatch.trainer.flops import sizes_of  # noqa: E402
 from megapatch.trainer.metrics import JsonLines, flops_per_token  # noqa: E402
 
 SEQUENCE = 32
@@ -46,6 +47,27 @@ def test_flops_are_three_times_what_pytorch_counts_forward(kind: str, changes: d
     upper_half = config.num_layers * config.num_attention_heads * sizes * SEQUENCE**2
     expected = 3 * (counter.get_total_flops() - upper_half) / SEQUENCE
     assert flops_per_token(config, family.vocab_size(hf), SEQUENCE, sum(mixture_layers(config))) == expected
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_flops_are_what_pytorch_counts_forward_and_backward(kind: str, adapts: bool) -> None:
+    """With adapters of peft's, too: the weights beside them need no gradients. Attention as above."""
+    net, hf = transformers_model(kind, {"tie_word_embeddings": False}, attn_implementation="eager")
+    adapters = None
+    if adapts:
+        peft = pytest.importorskip("peft")
+        net = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules="all-linear"))
+        net.enable_input_require_grads()  # as all layers but the first have them
+        adapters = lora.num_parameters(Layout(hf), lora.Lora(4, 8.0, 0.0, ("all",)))
+        assert adapters == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    with FlopCounterMode(display=False) as counter:
+        ids = torch.arange(SEQUENCE)[None]
+        net(ids, labels=ids).loss.backward()
+    config = sizes_of(hf, False)
+    upper_half = config.num_layers * config.num_attention_heads * 2 * config.kv_channels * SEQUENCE**2
+    expected = (counter.get_total_flops() - 3 * upper_half) / SEQUENCE
+    assert flops_per_token(config, family.vocab_size(hf), SEQUENCE, 0, adapters) == expected
 
 
 @pytest.mark.parametrize(("kind", "changes"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])

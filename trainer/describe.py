@@ -74,7 +74,8 @@ class Description:
     @property
     def flops_per_token(self) -> float:
         """Model FLOPs, forward and backward."""
-        return flops_per_token(self.sizes, vocab_size(self.hf), self.options.seq_length, mixtures(self.sizes))
+        sizes, trained = self.sizes, _in_adapters(self.options, self.hf)
+        return flops_per_token(sizes, vocab_size(self.hf), self.options.seq_length, mixtures(sizes), trained)
 
     def rank(self, rank: int) -> dict[str, Any]:
         """What a rank owns: layers, heads and experts counted from 0, parameters."""
@@ -113,9 +114,13 @@ def describe(options: TrainOptions, hf: HfConfig, count: int) -> Description:
 
 def _adapters(options: TrainOptions, hf: HfConfig) -> list[Share] | None:
     """With --lora-rank, what is trained of each stage: an even part of the adapters, at most."""
-    if options.lora is None:
-        return None
-    return [Share(-(-lora.num_parameters(Layout(hf), options.lora) // options.pp), 0)] * options.pp
+    trained = _in_adapters(options, hf)
+    return None if trained is None else [Share(-(-trained // options.pp), 0)] * options.pp
+
+
+def _in_adapters(options: TrainOptions, hf: HfConfig) -> int | None:
+    """Numbers in the adapters of the whole model, None without --lora-rank."""
+    return None if options.lora is None else lora.num_parameters(Layout(hf), options.lora)
 
 
 def _part(number: int, size: int, rank: int) -> Iterable[int]:

@@ -42,11 +42,13 @@ def mixtures(sizes: Any) -> int:
     return sum(map(bool, pattern)) if isinstance(pattern, list) else sizes.num_layers
 
 
-def flops_per_token(config: Any, vocab_size: int, seq_length: int, moe_layers: int) -> float:
+def flops_per_token(
+    config: Any, vocab_size: int, seq_length: int, moe_layers: int, adapters: int | None = None
+) -> float:
     """Model FLOPs per trained token: forward and backward (3x), matrix products only, causal attention counted half.
 
     ``config`` is a TransformerConfig or ``sizes_of``. Counts what the model needs, not what is recomputed. A
-    multiply-add is 2 FLOPs.
+    multiply-add is 2 FLOPs. With so many numbers in ``adapters`` the other weights need no gradients (2x).
     """
     h = config.hidden_size
     matrices = 3 if config.gated_linear_unit else 2
@@ -55,21 +57,26 @@ def flops_per_token(config: Any, vocab_size: int, seq_length: int, moe_layers: i
     active += config.moe_shared_expert_intermediate_size or 0
     gates = (config.num_moe_experts or 0) + int(config.moe_shared_expert_gate)
     experts = h * gates + matrices * h * active
-    attention = _attention(config, seq_length)
-    layers = config.num_layers * attention + (config.num_layers - moe_layers) * dense + moe_layers * experts
-    further = 2 * h * h + attention + (experts if moe_layers else dense) + h * vocab_size  # predicts a later token
-    return 3 * 2 * (layers + h * vocab_size + (config.mtp_num_layers or 0) * further)
+    projections, scores = _attention(config, seq_length)
+    further = config.mtp_num_layers or 0  # layers that predict a later token
+    weights = config.num_layers * projections + (config.num_layers - moe_layers) * dense + moe_layers * experts
+    weights += h * vocab_size
+    weights += further * (2 * h * h + projections + (experts if moe_layers else dense) + h * vocab_size)
+    scores *= config.num_layers + further
+    if adapters is None:
+        return 2 * 3 * (weights + scores)
+    return 2 * (2 * weights + 3 * scores + 3 * adapters)
 
 
-def _attention(config: Any, seq_length: int) -> float:
-    """Multiply-adds of one attention layer for a token, which sees half of the sequence on average."""
+def _attention(config: Any, seq_length: int) -> tuple[float, float]:
+    """Multiply-adds of a layer for a token, which sees half of the sequence: by its weights; q k^T and scores v."""
     h, heads, groups, size = config.hidden_size, config.num_attention_heads, config.num_query_groups, config.kv_channels
     if not config.multi_latent_attention:
-        return 2 * h * size * (heads + groups) + heads * size * seq_length  # q k^T and scores v
+        return 2 * h * size * (heads + groups), heads * size * seq_length
     value, latent, rank = config.v_head_dim, config.kv_lora_rank, config.q_lora_rank
     query = h * heads * size if rank is None else rank * (h + heads * size)
     keys = h * (latent + config.qk_pos_emb_head_dim) + latent * heads * (config.qk_head_dim + value)
-    return query + keys + h * heads * value + heads * (size + value) * seq_length / 2
+    return query + keys + h * heads * value, heads * (size + value) * seq_length / 2
 
 
 def known_peak(device_name: str, precision: str) -> float | None:

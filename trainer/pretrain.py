@@ -157,6 +157,7 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
     from megapatch.models import family
     from megapatch.models.layers.spec import mixture_layers
     from megapatch.trainer import data
+    from megapatch.trainer.adapters import num_trained
     from megapatch.trainer.flops import flops_per_token
     from megapatch.trainer.loop import Trainer
     from megapatch.trainer.sample_places import Samples, in_corpus, sources
@@ -171,13 +172,13 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
     validated, tested = (
         BySource(sources(dataset if held is None else held), session.device.torch) for held in (valid, test)
     )
-    mixtures = sum(mixture_layers(session.config))
+    sizes = (options.seq_length, sum(mixture_layers(session.config)), num_trained(session.hf, options))
     trainer = Trainer(
         session,
         records=records,
         source=plan.source,
         num_micro_batches=plan.count,
-        flops_per_token=flops_per_token(session.config, vocab_size, options.seq_length, mixtures),
+        flops_per_token=flops_per_token(session.config, vocab_size, *sizes),
         train=lambda start: partial(batches, train, first=start, losses=trained),
         valid=lambda step: partial(batches, valid, first=step * options.global_batch_size, losses=validated),
         eval_steps=options.eval_iters if valid is not None else 0,

@@ -8,6 +8,7 @@ from typing import Any
 from megapatch.models import family
 from megapatch.models.layers.spec import mixture_layers
 from megapatch.trainer import sft_data
+from megapatch.trainer.adapters import num_trained
 from megapatch.trainer.loop import Trainer
 from megapatch.trainer.metrics import Log, flops_per_token
 from megapatch.trainer.pretrain import Plan
@@ -59,7 +60,8 @@ def make_trainer(session: Session, records: Log, plan: Plan) -> SftTrainer:
         source=plan.source,
         num_micro_batches=plan.count,
         flops_per_token=flops_per_token(
-            session.config, vocab_size, samples.context, sum(mixture_layers(session.config))
+            *(session.config, vocab_size, samples.context, sum(mixture_layers(session.config))),
+            adapters=num_trained(session.hf, options),
         ),
         train=lambda start: trainer.remember(made(read, start, trained)),
         valid=lambda step: made(held, step * options.global_batch_size, validated),
