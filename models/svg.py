@@ -268,6 +268,8 @@ def _titled(chart: Chart) -> str:
     for i, line in enumerate(chart.lines):
         y = TITLE_PX + chart.height + ROW_PX * (i + 0.5)
         rows.append(f'<path class="line {line.style}" stroke-width="2" d="M16 {y:.1f}h24"/>')
+        if line.points:
+            rows.append(f'<circle class="hollow {line.style}" cx="28" cy="{y:.1f}" r="{hollow_px(line):.1f}"/>')
         rows.append(_text(48, y + 4, line.name, "start"))
     place = f'y="{TITLE_PX}" width="{chart.width}" height="{chart.height}"'
     return draw(chart).replace("<svg ", f"<svg {place} ", 1) + "".join(rows)

@@ -161,6 +161,18 @@ def test_a_picture_is_one_file_of_all_charts(tmp_path: Path) -> None:
         assert x + float(chart.get("width", "0")) <= width and y + float(chart.get("height", "0")) < height
 
 
+def test_charts_are_chosen_by_field(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    html = page(tmp_path, "--charts", "lr", "loss", run=[train(1, 3.0), train(2, 2.0)])
+    assert re.findall("<h3>([^<]*)</h3>", html) == ["Learning rate", "Loss"]
+    log = str(write(tmp_path / "log.jsonl", [train(1, 3.0)]))
+    for words, message in (
+        ("speed", "--charts speed: no such chart; there are loss, loss_of, mtp_1_loss, "),
+        ("mfu", "--charts mfu: not in the logs, so there is nothing to draw"),
+    ):
+        assert main([log, "--charts", words, "--output", str(tmp_path / "x.svg")]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_a_picture_of_checks_alone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--checks", "checks.jsonl", "--output", "x.svg"])

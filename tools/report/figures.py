@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
+from megapatch.models.cli import UserError
 from megapatch.models.svg import FOOT, HEAD, THIN_PX, Chart, Line, draw, finite, hollow_px, sheet, weight
 from megapatch.tools.report.lines import lines_of, marks, notes, number, source_lines, validation_lines
 from megapatch.tools.report.logs import Run
@@ -116,9 +117,22 @@ def figure(spec: Figure, runs: Sequence[Run]) -> str:
     )
 
 
-def picture(runs: Sequence[Run]) -> str:
-    """All charts as one SVG file."""
-    return sheet([chart for spec in FIGURES if (chart := chart_of(spec, runs))])
+def chosen(keys: Sequence[str]) -> Sequence[Figure]:
+    """The charts of these fields, in order; all of them for none (UserError for a field that has no chart)."""
+    known = {spec.key: spec for spec in FIGURES}
+    if unknown := [key for key in keys if key not in known]:
+        raise UserError(f"--charts {unknown[0]}: no such chart; there are {', '.join(known)}")
+    return [known[key] for key in keys] or FIGURES
+
+
+def picture(runs: Sequence[Run], specs: Sequence[Figure]) -> str:
+    """Charts as one SVG file."""
+    drawn = [chart for spec in specs if (chart := chart_of(spec, runs))]
+    if not drawn:
+        raise UserError(
+            f"--charts {' '.join(spec.key for spec in specs)}: not in the logs, so there is nothing to draw"
+        )
+    return sheet(drawn)
 
 
 def _unit(spec: Figure, values: Sequence[float]) -> tuple[float, str]:

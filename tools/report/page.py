@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from megapatch.models.cli import versions
-from megapatch.tools.report.figures import FIGURES, figure
+from megapatch.tools.report.figures import FIGURES, Figure, figure
 from megapatch.tools.report.lines import number
 from megapatch.tools.report.logs import Run, as_float
 from megapatch.tools.report.style import CSS
@@ -15,13 +15,20 @@ from megapatch.tools.report.style import CSS
 Lines = Sequence[dict[str, Any]]
 
 
-def page(title: str, runs: Sequence[Run], checks: Lines, steps: Lines, refresh: int | None = None) -> str:
+def page(
+    title: str,
+    runs: Sequence[Run],
+    checks: Lines,
+    steps: Lines,
+    refresh: int | None = None,
+    specs: Sequence[Figure] = FIGURES,
+) -> str:
     """A whole HTML document; the same input gives the same bytes."""
     parts = [
         f"<h1>{escape(title)}</h1>",
         banner(checks),
         section("What was verified", checks_table(checks) if checks else ""),
-        section("Training", charts(runs) if runs else ""),
+        section("Training", charts(runs, specs) if runs else ""),
         section("Data", data_table(runs)),
         section("Differences between the runs", differences(runs)),
         section("Runs", runs_table(runs) + "".join(map(config, runs)) if runs else ""),
@@ -76,9 +83,9 @@ def as_text(value: Any) -> str:
     return f'<span class="any">{escape(text)}</span>'
 
 
-def charts(runs: Sequence[Run]) -> str:
+def charts(runs: Sequence[Run], specs: Sequence[Figure]) -> str:
     """All figures that have data, and a line that names those that have none."""
-    drawn = [(spec, figure(spec, runs)) for spec in FIGURES]
+    drawn = [(spec, figure(spec, runs)) for spec in specs]
     absent = [spec.title for spec, html in drawn if not html and not spec.optional]
     note = f"<p>Not in the logs: {escape('; '.join(absent))}.</p>" if absent else ""
     return f'<div class="figures">{"".join(html for _, html in drawn)}</div>{note}'
@@ -117,7 +124,7 @@ def _parameters(start: dict[str, Any]) -> str:
 
 def data_table(runs: Sequence[Run]) -> str:
     """One row a set of conversations of mp-sft, a resumed run's once; '' for other runs."""
-    rows = {}
+    rows: dict[tuple[str, ...], None] = {}
     for run in runs:
         for about in run.data:
             cells = [as_text(about.get(c)) if c in WORDS else _count(about.get(c)) for c in DATA]

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 EXAMPLES = """examples:
   mp-report --log run=out/log.jsonl --output report.html
   mp-report runs/lr1e-4 runs/lr3e-4 --output compared.html
-  mp-report run --output curves.svg
+  mp-report run --charts loss lr grad_norm --output curves.svg
   mp-report --log straight=a.jsonl --log killed=b.jsonl --checks checks.jsonl --steps steps.jsonl --title Quickstart
 
 exit status: 0 the page is written and every check holds; 1 a check failed (the page is written) or a file cannot
@@ -39,6 +39,13 @@ class Options(Common):
         nargs="+",
         repeat=True,
         metavar="LABEL=FILE",
+    )
+    charts: list[str] = opt(
+        "draw these fields of the log only, for example: loss loss_of lr grad_norm tokens_per_s peak_memory_bytes "
+        "(default: all that are there)",
+        [],
+        nargs="+",
+        metavar="FIELD",
     )
     checks: Optional[Path] = opt(
         'what was verified: lines {"check": text, "ok": bool} and, if you like, "found", "expected", "detail"',
@@ -81,7 +88,7 @@ def named(options: Options) -> list[tuple[str, Path]]:
 def report(options: Options) -> int:
     """Write the page; FAILED when a check does not hold."""
     from megapatch.models.commit import staged_file
-    from megapatch.tools.report.figures import picture
+    from megapatch.tools.report.figures import chosen, picture
     from megapatch.tools.report.logs import read_checks, read_run, read_steps
     from megapatch.tools.report.page import page
 
@@ -92,9 +99,9 @@ def report(options: Options) -> int:
     checks = read_checks(options.checks) if options.checks else []
     steps = read_steps(options.steps) if options.steps else []
     if options.output.suffix == ".svg":
-        text = picture(runs)
+        text = picture(runs, chosen(options.charts))
     else:
-        text = page(options.title, runs, checks, steps, options.refresh)
+        text = page(options.title, runs, checks, steps, options.refresh, chosen(options.charts))
     html = text.encode("utf-8", "backslashreplace")  # JSON may hold lone surrogates
     if options.output == Path("-"):
         sys.stdout.buffer.write(html)
