@@ -18,7 +18,7 @@ DENSE_SLOW = {
 MIXTURE_SLOW = {
     "TP2 SP PP2 EP4 ETP1": (8, f"{SP} --pp 2 --ep 4 --etp 1"),
     "TP2 SP PP2 CP2 EP2": (8, f"{SP} --pp 2 --cp 2 --ep 2"),
-    "EP8": (8, "--ep 8"),
+    "EP4 DP2": (8, "--ep 4"),
     "TP2 SP EP4, distributed optimizer, overlap": (8, f"{SP} --ep 4 {OVERLAP}"),
     "PP2 VPP2 EP2 DP2": (8, "--pp 2 --vpp 2 --ep 2"),
     "TP2 SP EP2 ETP4": (8, f"{SP} --ep 2 --etp 4"),
@@ -29,6 +29,7 @@ LATENT_SLOW = {
     "TP2 SP PP2 CP2": (8, f"{SP} --pp 2 --cp 2"),
     "TP2 SP PP2 EP4 ETP1": (8, f"{SP} --pp 2 --ep 4 --etp 1"),
     "CP2 EP4 DP2": (8, "--cp 2 --ep 4"),
+    "EP8": (8, "--ep 8"),
     "PP4 uneven, EP2": (8, f"--pp 4 --ep 2 --use-distributed-optimizer {splits.LAYOUT} Et||tt|tL"),
 }
 PREDICTION_SLOW = {

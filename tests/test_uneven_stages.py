@@ -13,11 +13,11 @@ from megapatch.tools.convert.convert import main as convert
 from megapatch.tools.verify.verify import main as verify
 from megapatch.trainer.pretrain import main as pretrain
 
-STEPS = 6
+STEPS = 10
 FIRST = "--pp 2 --decoder-first-pipeline-num-layers 1 --use-distributed-optimizer"  # two processes, to step 2
-PARTS = {  # after that, and one process to step 3; steps until then: processes, arguments
-    4: (2, f"--pp 2 --vpp 2 {splits.LAYOUT} Ett|t||tL"),
-    5: (2, f"--pp 2 {splits.LAYOUT} Ettt|tL --use-distributed-optimizer"),
+PARTS = {  # after that, and one process to step 4; steps until then: processes, arguments
+    6: (2, f"--pp 2 --vpp 2 --use-distributed-optimizer {splits.LAYOUT} Ett|t||tL"),
+    8: (2, f"--pp 2 --use-distributed-optimizer {splits.LAYOUT} Ettt|tL"),
     STEPS: (2, "--tp 2"),
 }
 EMPTY = {  # a stage without any weights
@@ -28,9 +28,9 @@ Steps = list[tuple[int, float, float, float]]
 
 
 def case(folder: Path, save: str, end: int, layout: str = "") -> dict:
-    """A run in FOLDER/SAVE that goes on until a step, and is saved there."""
-    words = f"--train-iters {end} --lr-decay-iters {STEPS} --save-interval {end} {layout}"
-    return {"arguments": trainer_runs.arguments(folder, "qwen3", save, words), "save": {}}
+    """A run in FOLDER/SAVE that goes on until a step, where a signal has it saved."""
+    words = trainer_runs.arguments(folder, "qwen3", save, f"--train-iters {STEPS} {layout}")
+    return {"arguments": words} | ({"signal": {"step": end, "number": 10}} if end < STEPS else {"save": {}})
 
 
 def in_parts(folder: Path, save: str, parts: dict[int, tuple[int, str]]) -> list[list[dict]]:
@@ -53,14 +53,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Steps, list[li
     trainer_runs.corpus(folder)
     trainer_runs.model(folder, "qwen3")
     first = launch(2, {"part": case(folder, "run", 2, FIRST)}, folder)
-    found = launch(1, {"whole": case(folder, "whole", STEPS), "part": case(folder, "run", 3)}, folder)
+    found = launch(1, {"whole": case(folder, "whole", STEPS), "part": case(folder, "run", 4)}, folder)
     return folder, trainer_runs.steps(found["whole"]), [first["part"], found["part"]]
 
 
 @pytest.mark.timeout(600)
 def test_one_process_goes_on_where_uneven_stages_stopped(made: tuple[Path, Steps, list[list[dict]]]) -> None:
     _, expected, parts = made
-    check(expected[:3], *parts)
+    check(expected[:4], *parts)
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def resume(session: Session, folder: Path) -> None:
             warn(log, "--%s was %s, now %s: the order of data changes", flag, ours["order"][name], value)
     loaded = dist_checkpointing.load(state(session, loading=True, same_layout=same), str(folder))
     for i, model in enumerate(session.models):
-        ours_of_model = loaded["model" if len(session.models) == 1 else f"model{i}"]
+        ours_of_model = loaded.get("model" if len(session.models) == 1 else f"model{i}", {})  # a chunk may be empty
         model.load_state_dict(ours_of_model, strict=session.options.lora is None)
     session.updates = ours["updates"]
     optimizer_state.fill(session.optimizer, loaded["optimizer"], session.updates)

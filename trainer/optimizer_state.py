@@ -6,7 +6,9 @@ Transformer Engine or Apex, and brings back the old run's settings over the opti
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -67,13 +69,36 @@ def _sharded(part: Any, models: dict[str, Any], loading: bool) -> dict[str, Any]
 
 
 def _gathered(part: DistributedOptimizer, models: dict[str, Any], loading: bool) -> dict[str, Any]:
-    found = part.sharded_param_state_fully_reshardable(models, loading, {})
+    with _without_gaps(part):
+        found = part.sharded_param_state_fully_reshardable(models, loading, {})
     for i, parameter in enumerate(_in_buffers(part)):
         master = found[i].pop("param")
         if parameter.dtype != torch.float32:
             key = master.key.replace("optimizer.state.param.", f"optimizer.state.{MASTER}.", 1)
             found[i][MASTER] = replace(master, key=key)
     return {str(i): tensors for i, tensors in found.items()}
+
+
+@contextmanager
+def _without_gaps(part: DistributedOptimizer) -> Iterator[None]:
+    """Places of parameters in their buffers without the padding that ends buckets.
+
+    megatron-core 0.16.1 leaves it out of what it gathers, but looks parameters up at their places with it
+    (distrib_optimizer.py:1116 and :1484). A shared embedding is a bucket of its own, so --pp 2 is enough to meet it.
+    """
+    kept = [buffer.param_index_map for buffer in part.buffers]
+    for buffer in part.buffers:
+        lengths = accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
+        gaps = [bucket.offset - start for bucket, start in zip(buffer.buckets, lengths, strict=False)]
+        buffer.param_index_map = {
+            parameter: (start - gaps[bucket], end - gaps[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(part.buffers, kept, strict=True):
+            buffer.param_index_map = places
 
 
 @torch.no_grad()
