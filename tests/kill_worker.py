@@ -4,13 +4,14 @@
 
 cases.json: a list of {"arguments": [...]} and, when wanted,
     "signal": [n, t]      signal n, once the process has used so many seconds of a processor: however busy the machine
-    "kill_in_save": n     kill -9 in a thread that writes a checkpoint: at the n-th of the calls below
+    "kill_in_save": [name, n]  kill -9 in a thread that writes a checkpoint: at its n-th call of one of OWNERS
     "one_step": true      a signal comes before the first step: one step, and a checkpoint
 results.json: a list of {"status": exit status, negative: the signal, "cpu_s", "said": stderr}.
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -27,30 +28,34 @@ device.start()  # before megatron-core is imported
 
 from megapatch.trainer import data, loop, pretrain, saving, signals  # noqa: E402, F401
 
-CALLS = [(commit, "digest"), (commit, "seal"), (commit, "fsync"), (os, "rename"), (core_files, "write_tracker")]
+OWNERS = {
+    "digest": commit,
+    "seal": commit,
+    "fsync": commit,
+    "rename": os,
+    "write_tracker": core_files,
+    "rmtree": shutil,
+}
 
 
-def killing(at: int) -> Any:
+def killing(name: str, at: int) -> Any:
     """Count calls of what saves use, and end at the given one."""
-    count, patches = [0], []
-    for owner, name in CALLS:
-        real = getattr(owner, name)
+    count, real = [0], getattr(OWNERS[name], name)
 
-        def counted(*args: Any, real: Any = real, **words: Any) -> Any:
-            if threading.current_thread() is not threading.main_thread():
-                count[0] += 1
-                if count[0] == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **words)
+    def counted(*args: Any, **words: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            count[0] += 1
+            if count[0] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **words)
 
-        patches.append(mock.patch.object(owner, name, counted))
-    return patches
+    return mock.patch.object(OWNERS[name], name, counted)
 
 
 def child(case: dict, said: Path) -> None:
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    for patch in killing(case["kill_in_save"]) if "kill_in_save" in case else []:
-        patch.start()
+    if "kill_in_save" in case:
+        killing(*case["kill_in_save"]).start()
     if case.get("one_step"):
         mock.patch.object(signals, "asked", lambda: int(signal.SIGUSR1)).start()
     os._exit(pretrain.main(case["arguments"]))

@@ -19,7 +19,10 @@ EVERY = f"--train-iters {STEPS} --save-interval 1 --eval-interval 9 --eval-iters
 CI_STEPS = (1, 20, 39)  # steps after which a run is resumed in the default suite
 CI_KILLS, ALL_KILLS = 5, (20, 10)  # the latter: runs, and kills of each
 NAMING = (core_files.METADATA, "options.args")
-IN_SAVE = (1, 3, 6, 9, 12, 15, 17, 18, 19)  # calls in a save at which it is killed
+IN_SAVE = [  # calls at which the thread that saves is killed: n-th of a start; "rename" and "rmtree" also remove
+    *(("digest", 1), ("digest", 2), ("seal", 1), ("fsync", 1), ("fsync", 6), ("fsync", 14), ("rename", 1)),
+    *(("write_tracker", 1), ("rename", 2), ("rename", 3), ("rename", 4), ("rmtree", 1), ("rmtree", 2)),
+]
 
 
 def resumed(folder: Path, cases: list[dict]) -> list[dict]:

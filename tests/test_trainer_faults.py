@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,75 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_checkpoint(
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
     train(folder, str(save), "--lr-decay-iters 4")
     assert [path.name for path in sorted(save.glob("iter_*"))] == ["iter_0000002", "iter_0000004"]
+
+
+FAILING = {  # what the thread that saves beside the training meets: exit status, what is said
+    "EIO": (OSError(errno.EIO, os.strerror(errno.EIO)), 73, "Input/output error: 791,040 bytes needed"),
+    "ENOSPC": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 73, "disk full: 791,040 bytes needed"),
+    "a mistake of ours": (AssertionError("broken"), 1, "AssertionError: broken"),
+}
+
+
+@pytest.mark.parametrize("where", ["write", "finish"])
+@pytest.mark.parametrize("what", FAILING)
+def test_a_save_beside_the_training_that_fails_ends_the_run(
+    folder: Path, tmp_path: Path, what: str, where: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    from megapatch.models import commit
+    from megapatch.trainer import saving
+
+    error, status, said = FAILING[what]
+    calls = []
+
+    def second(*args: Any, **words: Any) -> Any:
+        calls.append(threading.current_thread() is not threading.main_thread())
+        if len(calls) == 2:
+            raise error
+        return real(*args, **words)
+
+    owner, name = {"write": (saving, "write"), "finish": (commit, "seal")}[where]
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, second)
+    words = arguments(folder, "dense", str(tmp_path), "--async-save --save-interval 2 --train-iters 400")
+    assert outcome(words) == status
+    assert calls == [True, True]
+    told = capfd.readouterr().err
+    assert said in told
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    left = ["iter_0000004.tmp"] if status == 1 else []  # for the next start to remove; on a full disk it must go
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000002", *left]
+    assert events(log_of(tmp_path), "train")[-1]["step"] < 20  # it is met at the next step that finds the thread done
+
+
+def outcome(words: list[str]) -> int:
+    """The exit status; 1 for an error that is not the user's, which Python would tell of with a traceback."""
+    try:
+        return main(words)
+    except AssertionError:
+        traceback.print_exc()
+        return 1
+
+
+def test_a_checkpoint_on_its_way_is_completed_before_a_run_gives_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    from megapatch.models import commit
+    from megapatch.trainer import step
+
+    def slow(*args: Any, **words: Any) -> None:
+        time.sleep(3)
+        real(*args, **words)
+
+    def spoilt(session: Any) -> float | None:
+        return None if session.step >= 2 else update(session)
+
+    real, update = commit.seal, step.update
+    monkeypatch.setattr(commit, "seal", slow)
+    monkeypatch.setattr(step, "update", spoilt)
+    words = "--async-save --save-interval 2 --train-iters 400 --max-nan 1"
+    assert main(arguments(folder, "dense", str(tmp_path), words)) == 1
+    assert "giving up; the last checkpoint is step 2" in capfd.readouterr().err
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
 def test_a_damaged_checkpoint_is_not_resumed(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -73,6 +73,7 @@ def test_a_rank_that_is_lost_ends_the_other_in_30_s_which_names_it(folder: Path,
         runs.ranks[lost].send_signal(number)
         start = time.monotonic()
         assert runs.ranks[1 - lost].wait(timeout=60) == 1
+        print(f"{how}: the other ended after {time.monotonic() - start:.1f} s")
         assert time.monotonic() - start < 30
         *before, last = runs.said(1 - lost).splitlines()
         assert f"mp-pretrain[{1 - lost}]: error: " in last

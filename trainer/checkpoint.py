@@ -73,7 +73,10 @@ def newest(root: Path) -> Path | None:
     """The checkpoint folder to resume from, None in a fresh folder."""
     if core_files.read_tracker(root) is not None:
         return core_files.resolve(root)
-    if any(root.glob(f"iter_{'[0-9]' * 7}")):
+    found = list(root.glob(f"iter_{'[0-9]' * 7}"))
+    if len(found) == 1 and commit.read_manifest(found[0]) is not None:
+        return found[0]  # the first one, complete: of a run that was killed before it named it in the tracker
+    if found:
         raise UserError(f"{root}: holds checkpoints but no tracker{core_files.older(root)}, or name another --save")
     return None
 
@@ -86,8 +89,10 @@ def claim(root: Path, resumed: Path | None) -> None:
         locks.hold(root)
         if newest(root) != resumed:
             raise UserError(f"{root}: another run has saved there since this one started; run again to go on from that")
+        if resumed is not None and core_files.read_tracker(root) is None:
+            core_files.write_tracker(root, int(resumed.name.removeprefix("iter_")))
         for old in root.glob(f"iter_*{STAGED}"):
-            log.info("%s: of a save that was cut off; removed", old)
+            log.info("%s: of a save, or a removal, that was cut off; removed", old)
             shutil.rmtree(old)
 
 

@@ -115,8 +115,11 @@ class Trainer:
         self.records.write("bad_step", step=self.session.step, what=what, samples=places or list(batch))
         where = f"samples {batch[0]} to {batch[-1]}" + (f": {shown(places)}" if places else "")
         message = f"step {self.session.step}: the {what} is not finite ({where})"
+        over = self.bad_steps > self.session.options.max_nan
+        if over and self.saving:
+            self._saved(self.saving)  # of a step before the bad ones, or of one that they left unchanged
         with together():
-            if self.bad_steps > self.session.options.max_nan:
+            if over:
                 raise UserError(
                     f"{message}; {self.bad_steps} such steps in a row, giving up; {self._last_good()}; "
                     "lower --lr, or look at the data"

@@ -74,9 +74,9 @@ def train(options: TrainOptions, kind: "Kind") -> None:
             with watching(options):
                 trainer.run()
             records.close()
+        locks.release(options.save)  # where the run fails, with the process: a thread of it may still write
     finally:
         parallel.stop()
-        locks.release(options.save)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Saving:
         (self.stage / OPTIONS).write_text(as_file(options))
         commit.seal(self.stage, tool=options.tool, about=self.about, digests=self.digests)
         if target.exists():  # saved by a run that was killed before it named it in the tracker, or went back
-            shutil.rmtree(target)
+            discard(target)
         with commit.staged_file(target.parent / OPTIONS) as stage:
             stage.write_text(as_file(options))
         os.rename(self.stage, target)
@@ -172,7 +172,15 @@ class Saving:
         if options.keep:
             older = [path for path in sorted(target.parent.glob("iter_" + "[0-9]" * 7)) if path.name <= target.name]
             for old in older[: -options.keep]:
-                shutil.rmtree(old)
+                discard(old)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; what is left where that is cut off has a name that says so."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.old{STAGED}")
+    commit.remove(aside)
+    os.rename(checkpoint, aside)
+    shutil.rmtree(aside)
 
 
 def _request(session: Session, stage: Path) -> AsyncRequest:
