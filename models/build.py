@@ -54,8 +54,8 @@ class ModelOptions:
 def transformer_config(hf: HfConfig, options: ModelOptions) -> TransformerConfig:
     """megatron-core's configuration of a config.json on a device at a layout (UserError when they do not fit)."""
     fields = find(hf).transformer_config(hf)
-    fields["mtp_num_layers"] = None  # only training asks for them, in overrides
     options.parallel.check_model(fields)
+    fields["mtp_num_layers"] = None  # only training asks for them, in overrides
     fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     dtype = DTYPES[options.precision]
     moe = {"moe_token_dispatcher_type": "alltoall"} if fields.get("num_moe_experts") else {}

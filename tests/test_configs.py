@@ -1,12 +1,14 @@
 """scripts/configs: each file plans a run at full scale that fits its GPUs, and any rank of it can be built."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
 import pytest
 from trainer_runs import ROOT, corpus
 
+from megapatch.models.device import CONNECTIONS
 from megapatch.models.held import plain
 from megapatch.models.shapes import num_parameters
 from megapatch.trainer.memory import MARGIN
@@ -76,6 +78,27 @@ def test_a_config_fits_its_gpus_and_a_rank_builds_what_the_plan_says(
     device = found["options"]["device_memory_gib"]
     assert 0.25 * device < largest <= MARGIN * device  # neither too large, nor on many more GPUs than it needs
     assert f"{SIZES[name]:,} parameters" in said
+
+
+@pytest.mark.parametrize(("rank", "layers"), [(0, "0-2,33-34"), (900, "29-30")])
+def test_stages_of_uneven_size_are_built_as_planned(
+    rank: int, layers: str, data: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    _, found, _ = plan("deepseek-v3", data, capfd, "--dry-run-rank", str(rank))
+    assert found["ranks"][rank]["layers"] == layers
+    assert found["built"] == {"rank": rank, "parameters": found["ranks"][rank]["parameters"]}
+
+
+@pytest.mark.parametrize(("name", "queues"), [("llama-3.1-70b", "1"), ("deepseek-v3", "32")])
+def test_a_run_sets_the_queues_to_its_gpus_from_the_layout(
+    name: str, queues: str, data: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv(CONNECTIONS, "")  # so that what the run sets is undone
+    monkeypatch.delenv(CONNECTIONS)
+    plan(name, data, capfd)
+    assert os.environ[CONNECTIONS] == queues
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import layout_tables
 import pytest
 from layout_tables import OVERLAP, SP, Table
-from test_layouts_latent import SMALL, predicting
+from test_layouts_latent import predicting
 
 from megapatch.models import splits
 
@@ -42,7 +42,7 @@ SLOW = {
     "qwen3": Table("qwen3", DENSE_SLOW),
     "qwen3_moe": Table("qwen3_moe", MIXTURE_SLOW),
     "deepseek_v3": Table("deepseek_v3", LATENT_SLOW),
-    "prediction": Table("deepseek_v3", PREDICTION_SLOW, f"{SMALL} --mtp-loss-weight 0.3", predicting),
+    "prediction": Table("deepseek_v3", PREDICTION_SLOW, "--seq-length 32 --mtp-loss-weight 0.3", predicting),
 }
 CASES, SLOW_CASES = layout_tables.cases(TABLES), layout_tables.cases(SLOW)
 

@@ -8,6 +8,8 @@ import trainer_runs
 from layout_tables import OVERLAP, SP, Table
 from test_prediction import published
 
+from megapatch.models import splits
+
 LATENT = {  # name: (processes, arguments)
     "DP2 distributed optimizer, overlap": (2, OVERLAP),
     "TP2 SP": (2, SP),
@@ -31,6 +33,7 @@ PREDICTION = {
     "EP2": (2, "--ep 2"),
     "PP2": (2, "--pp 2"),
     "PP2 VPP2": (2, "--pp 2 --vpp 2"),
+    "PP2, 3 and 1 layers": (2, f"--pp 2 {splits.LAYOUT} Ettt|tmL"),
     "DP2 distributed optimizer, overlap": (2, OVERLAP),
     "TP2 SP PP2 EP2 ETP1": (4, f"{SP} --pp 2 --ep 2 --etp 1"),
 }
