@@ -78,6 +78,9 @@ def guarded(folder: Path) -> dict[str, list[dict]]:
     words = arguments(folder, "dense", "guarded/first", "--save-interval 1")
     cases["first"] = {"arguments": words, "bad": {"1": ["loss", 0]}, "signal": {"step": 1, "number": 10}}
     cases["first, rest"] = words
+    words = arguments(folder, "dense", "guarded/full", "--save-interval 2 --async-save --use-distributed-optimizer")
+    cases["full"] = {"arguments": words, "full": 1}
+    cases["full, rest"] = words
     cases["failing"] = {"arguments": arguments(folder, "dense", "guarded/failing"), "fail": 1}
     return launch(2, cases, folder)
 
@@ -113,6 +116,15 @@ def test_a_run_whose_first_step_was_bad_can_be_resumed(guarded: dict[str, list[d
 
 def test_a_mistake_that_one_rank_meets_ends_all_and_names_the_rank(guarded: dict[str, list[dict]]) -> None:
     assert error(guarded["failing"]) == "megapatch.models.cli.UserError: rank 1: no such weights"
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_all_and_the_run_goes_on_later(
+    guarded: dict[str, list[dict]], folder: Path
+) -> None:
+    told = error(guarded["full"])
+    assert told.startswith(f"megapatch.models.cli.UserError: rank 1: {folder}/guarded/full/iter_0000002.tmp")
+    assert "disk full: 791,040 bytes needed, " in told
+    assert [step for step, *_ in steps(guarded["full, rest"])] == [1, 2, 3, 4]
 
 
 def test_a_disk_without_room_is_told_before_the_first_byte(

@@ -10,6 +10,7 @@ arguments, or an object that holds them as "arguments" and, when wanted, with st
     "bad": {"3": ["loss", 1], "4": ["gradient", 0]}  the loss of step 3 on rank 1 and a gradient of step 4 on rank 0 are
                                                      not finite
     "fail": 1                                        loading the weights fails on this rank, with a UserError
+    "full": 1                                        writing its share of a checkpoint fails on this rank: no space left
     "kill": {"step": 4} or {"save": 4}               the process is killed (-9) after step 4, or while it saves step 4;
                                                      for one process only, before the first case without
     "digests": true                                  adds {"event": "state", "step", "digest"}: xxh3 of all parameters
@@ -20,6 +21,7 @@ arguments, or an object that holds them as "arguments" and, when wanted, with st
 A case that fails has one record: {"event": "error", "text": traceback}.
 """
 
+import errno
 import json
 import os
 import sys
@@ -155,6 +157,17 @@ def failing(rank: int) -> Any:
     return mock.patch.object(session, "load_weights", load)
 
 
+def filling(rank: int) -> Any:
+    """Patch the writing of checkpoints so that the disk is full on this rank."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def full(*args: Any, **words: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    found = full if rank == dist.get_rank() else filesystem_async._write_item
+    return mock.patch.object(filesystem_async, "_write_item", found)
+
+
 def run_case(case: Any) -> list[dict]:
     from megatron.core import parallel_state
 
@@ -177,6 +190,7 @@ def run_case(case: Any) -> list[dict]:
             mock.patch.object(step, "_loss", faults.spoil_loss),
             mock.patch.object(step, "run_batches", faults.spoil_gradient),
             killing(case.get("kill", {})),
+            filling(case.get("full", -1)),
         ):
             trainer.run()
         if kept:
