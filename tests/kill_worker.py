@@ -4,7 +4,8 @@
 
 cases.json: a list of {"arguments": [...]} and, when wanted,
     "signal": [n, t]      signal n, once the process has used so many seconds of a processor: however busy the machine
-    "kill_in_save": [name, n]  kill -9 in a thread that writes a checkpoint: at its n-th call of one of OWNERS
+    "in_save": [name, n, what]  in a thread that writes a checkpoint, at its n-th call of one of OWNERS: kill -9, or an
+                          error of the system, by its number
     "one_step": true      a signal comes before the first step: one step, and a checkpoint
 results.json: a list of {"status": exit status, negative: the signal, "cpu_s", "said": stderr}.
 """
@@ -38,15 +39,17 @@ OWNERS = {
 }
 
 
-def killing(name: str, at: int) -> Any:
-    """Count calls of what saves use, and end at the given one."""
+def hitting(name: str, at: int, what: int | str) -> Any:
+    """Count calls of what saves use, and at the given one end, or fail."""
     count, real = [0], getattr(OWNERS[name], name)
 
     def counted(*args: Any, **words: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             count[0] += 1
-            if count[0] == at:
+            if count[0] == at and what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if count[0] == at:
+                raise OSError(what, os.strerror(int(what)))
         return real(*args, **words)
 
     return mock.patch.object(OWNERS[name], name, counted)
@@ -54,8 +57,8 @@ def killing(name: str, at: int) -> Any:
 
 def child(case: dict, said: Path) -> None:
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    if "kill_in_save" in case:
-        killing(*case["kill_in_save"]).start()
+    if "in_save" in case:
+        hitting(*case["in_save"]).start()
     if case.get("one_step"):
         mock.patch.object(signals, "asked", lambda: int(signal.SIGUSR1)).start()
     os._exit(pretrain.main(case["arguments"]))

@@ -1,5 +1,6 @@
 """Runs that are killed at any time, saving beside the training, or resumed at any step: nothing is lost, to the bit."""
 
+import errno
 import json
 import os
 import random
@@ -19,7 +20,7 @@ EVERY = f"--train-iters {STEPS} --save-interval 1 --eval-interval 9 --eval-iters
 CI_STEPS = (1, 20, 39)  # steps after which a run is resumed in the default suite
 CI_KILLS, ALL_KILLS = 5, (20, 10)  # the latter: runs, and kills of each
 NAMING = (core_files.METADATA, "options.args")
-IN_SAVE = [  # calls at which the thread that saves is killed: n-th of a start; "rename" and "rmtree" also remove
+IN_SAVE = [  # n-th calls of a start at which the thread that saves is killed; "rename" and "rmtree" also remove
     *(("digest", 1), ("digest", 2), ("seal", 1), ("fsync", 1), ("fsync", 6), ("fsync", 14), ("rename", 1)),
     *(("write_tracker", 1), ("rename", 2), ("rename", 3), ("rename", 4), ("rmtree", 1), ("rmtree", 2)),
 ]
@@ -135,9 +136,22 @@ def test_20_runs_killed_10_times_each_lose_nothing(whole: Path, seed: int) -> No
     kill_often(whole, ALL_KILLS[1], ("--async-save --keep 2", "--keep 3")[seed % 2], seed)
 
 
+def hit_in_saves(whole: Path, name: str, calls: Any, what: list[int | str]) -> list[dict]:
+    """Start a run that is hit at each of the calls, by each of ``what`` in turn; at the end it has lost nothing."""
+    words = arguments(whole, "dropout", name, f"{EVERY} --async-save --keep 2")
+    hits = [[*call, what[n % len(what)]] for n, call in enumerate(calls)]
+    *ran, last = resumed(whole, [{"arguments": words, "in_save": hit} for hit in hits] + [{"arguments": words}])
+    assert last["status"] == 0, last["said"]
+    assert losses(whole / name) == losses(whole / "whole")
+    assert sorted(path.name for path in (whole / name).glob("iter_*")) == ["iter_0000039", "iter_0000040"]
+    return ran
+
+
 def test_a_run_killed_anywhere_in_a_save_leaves_the_old_checkpoint_or_the_new(whole: Path) -> None:
-    words = arguments(whole, "dropout", "saving", f"{EVERY} --async-save --keep 2")
-    ran = resumed(whole, [{"arguments": words, "kill_in_save": n} for n in IN_SAVE] + [{"arguments": words}])
-    assert [run["status"] for run in ran] == [-9] * len(IN_SAVE) + [0], ran[-1]["said"]
-    assert losses(whole / "saving") == losses(whole / "whole")
-    assert sorted(path.name for path in (whole / "saving").glob("iter_*")) == ["iter_0000039", "iter_0000040"]
+    assert [run["status"] for run in hit_in_saves(whole, "saving", IN_SAVE, ["kill"])] == [-9] * len(IN_SAVE)
+
+
+def test_an_error_of_the_disk_anywhere_in_a_save_exits_73_with_path_and_bytes(whole: Path) -> None:
+    for run in hit_in_saves(whole, "failing", IN_SAVE[1::2], [errno.ENOSPC, errno.EIO]):
+        last = run["said"].splitlines()[-1]
+        assert run["status"] == 73 and f"{whole}/failing/" in last and " bytes needed, " in last, run["said"]
