@@ -18,7 +18,7 @@ from megapatch.models.packed_rows import Conversations, PackedRows
 ALL = f"--data-path {{}}/chats --global-batch-size {ROWS}"  # each step meets every conversation once
 HALF = f"--data-path {{}}/chats --global-batch-size {ROWS // 2}"
 WEIGHTED = f"--data-path {{}}/weighted --global-batch-size {ROWS}"
-SOURCES = "--data-path {}/chats {}/more --global-batch-size 4"
+SOURCES = "--data-path {}/chats {}/more --global-batch-size 4 --valid-data-path {}/chats {}/more --eval-interval 4"
 SEQUENCE = "--loss-normalisation sequence"
 LAYOUTS = {  # of two processes: name -> (model, arguments, the case of one process that it equals)
     "DP2": ("dense", ALL, "packed"),
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sft_runs.tokenizer(made)
     sft_runs.filling(made, "chats")
     sft_runs.filling(made, "weighted", weighted=True)
-    sft_runs.data(made, "more", sft_runs.chats(20, seed=1))
+    sft_runs.data(made, "more", sft_runs.chats(20, seed=99))  # of which "chats" has none
     sft_runs.model(made, "dense", num_hidden_layers=4)
     sft_runs.model(made, "experts", "qwen3_moe")
     return made
@@ -205,8 +205,12 @@ def test_losses_are_told_by_source(folder: Path, alone: dict[str, list[dict]], p
     assert abs(mean - first["loss"]) <= 1e-6 and len({round(loss, 3) for loss in losses.values()}) == 2
     for layout in ("DP2 sources", "CP2 padded sources", "PP2 sources", "TP2 sources"):
         one = "two sources padded" if "padded" in layout else "two sources"
-        for a, b in zip(events(alone[one], "train"), events(pairs[layout], "train"), strict=True):
-            assert all(abs(a["loss_of"][name] - b["loss_of"][name]) <= 1e-5 for name in losses)
+        for kind in ("train", "eval"):
+            for a, b in zip(events(alone[one], kind), events(pairs[layout], kind), strict=True):
+                assert all(abs(a["loss_of"][name] - b["loss_of"][name]) <= 1e-5 for name in losses)
+    held = events(alone["two sources"], "eval")[-1]
+    low, high = sorted(held["loss_of"].values())
+    assert list(held["loss_of"]) == list(losses) and low < held["loss"] < high
 
 
 def expected(folder: Path, name: str, normalisation: str) -> tuple[float, float]:
