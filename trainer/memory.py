@@ -12,7 +12,9 @@ mixed-precision Adam (section 3.1). Activations are what autograd keeps of one m
 2022 (arXiv 2205.05198, section 4), counted anew for the layers here: RMSNorm, grouped or latent attention that never
 keeps the scores, gated feed-forward, experts; and as many micro-batches in flight as a pipeline stage has (section 2.2
 of Narayanan et al. 2021, arXiv 2104.04473). Not in it: the libraries' own memory, buffers of communication, and what
-an operator holds only while it runs; MARGIN leaves room for them.
+an operator holds only while it runs; MARGIN leaves room for them. Measured on a CPU with Qwen3 of 34 M and 132 M
+parameters, in fp32 and bf16: the estimate is 0.97 to 0.99 of what tensors take at the peak
+(tests/test_memory_estimate.py), and 0.71 to 0.78 of what the process grows by: libraries and the allocator hold more.
 """
 
 from collections.abc import Sequence
