@@ -107,7 +107,7 @@ def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage
         frequencies = torch.tensor(inverse_frequencies(hf), dtype=torch.float64)
         model.rotary_pos_emb.inv_freq = frequencies.to(torch.float32).to(options.device.torch)
     fuse_activations(model)
-    reduce_experts_apart(model)
+    _mark_experts(model)
     for adapt in modules.adapt:
         adapt(model, hf)
     if model.post_process:
@@ -115,17 +115,18 @@ def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage
     return model
 
 
-def reduce_experts_apart(model: GPTModel) -> None:
-    """Have gradients of experts added up over the ranks that hold the same part of them.
+def _mark_experts(model: GPTModel) -> None:
+    """Experts' weights meet ever other numbers of rows; their gradients are added up over ranks with the same part.
 
-    megatron-core 0.16.1 asks for that only where --ep is above 1 (tensor_parallel/layers.py:886, :1209), and else adds
+    megatron-core 0.16.1 does the latter only where --ep is above 1 (tensor_parallel/layers.py:886, :1209), and else adds
     them up as those of dense layers: with --etp below --tp over too few ranks, above it over different parts.
     """
-    if model.config.expert_tensor_parallel_size == model.config.tensor_model_parallel_size:
-        return  # the ranks are the same
+    apart = model.config.expert_tensor_parallel_size != model.config.tensor_model_parallel_size
     for module in model.modules():
         for parameter in module.experts.parameters() if isinstance(module, MoELayer) else ():
-            parameter.allreduce = False
+            parameter.rows_vary = True
+            if apart:  # else the ranks are the same
+                parameter.allreduce = False
 
 
 def padded_vocabulary(vocab_size: int, tp: int) -> int:

@@ -53,10 +53,21 @@ def test_gradients_are_added_to_the_buffer_of_a_weight_and_nowhere_else(dtype):
 def test_a_frozen_weight_gets_no_gradient():
     x, weight = drawn(7, 24, dtype=torch.float32).requires_grad_(), drawn(40, 24, dtype=torch.float32)
     weight.main_grad = torch.zeros(40, 24)
-    products.Linear.apply(x, weight, None, False, False, False, None, 0, None).sum().backward()
+    out = products.Linear.apply(x, weight, None, False, False, False, None, 0, None)
+    assert near(out.detach(), (x @ weight.t()).detach(), torch.float32)
+    out.sum().backward()
     assert torch.equal(weight.main_grad, torch.zeros(40, 24))
     assert x.grad is not None
     assert near(x.grad, weight.sum(0).expand(7, 24), torch.float32)
+
+
+def test_onednn_is_not_asked_for_experts_nor_without_training():
+    weight = drawn(4, 3, dtype=torch.float32)
+    assert not products.steady(weight)  # a prompt has any length
+    weight.main_grad = torch.zeros(4, 3)
+    assert products.steady(weight)
+    weight.rows_vary = True
+    assert not products.steady(weight)
 
 
 def test_a_table_without_a_buffer_gets_the_gradient_of_an_embedding():
