@@ -118,8 +118,8 @@ def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage
 def _mark_experts(model: GPTModel) -> None:
     """Experts' weights meet ever other numbers of rows; their gradients are added up over ranks with the same part.
 
-    megatron-core 0.16.1 does the latter only where --ep is above 1 (tensor_parallel/layers.py:886, :1209), and else adds
-    them up as those of dense layers: with --etp below --tp over too few ranks, above it over different parts.
+    megatron-core 0.16.1 does the latter only where --ep is above 1 (tensor_parallel/layers.py:886, :1209), and else
+    adds them up as those of dense layers: with --etp below --tp over too few ranks, above it over different parts.
     """
     apart = model.config.expert_tensor_parallel_size != model.config.tensor_model_parallel_size
     for module in model.modules():
