@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-_NUMBERS = 1 << 20  # of logits at a time: their copy in fp32 stays in a core's cache
+# Logits at a time. A CPU: their copy in fp32 stays in a core's cache. Else: few calls, 512 MiB for the copy.
+_CPU_NUMBERS, _NUMBERS = 1 << 20, 1 << 27
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -63,7 +64,8 @@ def _cut(logits: Tensor, labels: Tensor, mine: Tensor, group: dist.ProcessGroup)
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Rows of [t, v], a few at a time."""
-    size = max(1, _NUMBERS // logits.shape[1])
+    numbers = _CPU_NUMBERS if logits.device.type == "cpu" else _NUMBERS
+    size = max(1, numbers // logits.shape[1])
     yield from (slice(start, start + size) for start in range(0, logits.shape[0], size))
 
 
