@@ -90,6 +90,11 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
+def spoil(parameter: torch.nn.Parameter) -> None:
+    """Make the sum of a parameter's gradients one that is not finite."""
+    parameter.main_grad.fill_(float("nan"))  # type: ignore[attr-defined]
+
+
 class Faults:
     """Makes losses and gradients that are not finite, at given steps on given ranks."""
 
@@ -111,7 +116,7 @@ class Faults:
         hook = None
         if self.what() == "gradient":  # before it is reduced over the ranks, as a number too large would be
             parameter = next(p for p in run.models[0].parameters() if p.dim() > 1)
-            hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+            hook = parameter.register_hook(lambda _: spoil(parameter))  # gradients of weights may never reach a hook
         with self.kept.watching() if self.kept else nullcontext():
             found = self.run_batches(run, *args, train=train)
         if hook:
