@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megapatch.tools.offload_bench import adam_step, measure, space, tell
+from megapatch.models import space
+from megapatch.tools.offload_bench import adam_step, measure, tell
 from megapatch.tools.offload_bench import offload_bench as tool
 from megapatch.tools.offload_bench.offload_bench import main
 

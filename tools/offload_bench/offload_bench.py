@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from megapatch.models.cli import Common, UserError, opt, run
-from megapatch.tools.offload_bench.space import count, free_bytes, short
+from megapatch.models.space import count, free_bytes, short
 
 log = logging.getLogger(__name__)
 PARTS = ("bandwidth", "adam")

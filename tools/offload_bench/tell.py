@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megapatch.tools.offload_bench.space import short
+from megapatch.models.space import short
 
 Row = dict[str, Any]
 KNEE = 0.9  # of the best rate
