@@ -5,7 +5,8 @@ Weights, gradients and optimizer state follow from the number of parameters of t
     weight          4 bytes in fp32, 2 in bf16
     gradient        4 (gradients are summed in fp32)
     AdamW           8 for two moments, 4 more for the master weight in bf16; with --use-distributed-optimizer divided
-                    by the data-parallel ranks (x --cp; for experts by those that hold the same ones)
+                    by the data-parallel ranks (x --cp; for experts by those that hold the same ones); without the
+                    share that --offload-optimizer keeps in host memory
 
 which is "optimizer state partitioning" of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 5.1) beside
 mixed-precision Adam (section 3.1). Activations are what autograd keeps of one micro-batch, after Korthikanti et al.
@@ -70,13 +71,13 @@ def estimate(
 
 
 def optimizer_bytes(options: TrainOptions, part: Share, world: int) -> int:
-    """Moments and master weights of a rank."""
-    each = MOMENTS + MASTER[options.precision]
+    """Moments and master weights of a rank on its device."""
+    each = (MOMENTS + MASTER[options.precision]) * (1 - options.least_offloaded)
     if not options.use_distributed_optimizer:
-        return part.total * each
+        return round(part.total * each)
     stage = world // options.pp
     dense, experts = stage // options.tp, stage // (options.expert_tp * options.ep)
-    return part.dense * each // dense + part.experts * each // experts
+    return round(part.dense * each / dense + part.experts * each / experts)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""Trains as tests/train_worker.py does, from the cases of a test of offloading.
+
+A case may also have: "place" {step: fraction of chunks on the host from there on}; "extra" a dtype: a parameter of it
+that has a gradient, beside one that has none; "out of memory" steps at which the device has none left, once each.
+"digest" of every step is over what a checkpoint would hold, so that it does not depend on where state lies.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import train_worker
+import xxhash
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+from megapatch.trainer import checkpoint, session, step
+from megapatch.trainer.session import Session
+
+REAL_BUILD, REAL_RUN, REAL_BATCHES = session.build, train_worker.run_case, step.run_batches
+
+
+def digest(run: Session) -> str:
+    """Of this rank's weights, masters and moments, as they are saved."""
+    found = xxhash.xxh3_128()
+    state = checkpoint.state(run, loading=False)
+    for name in sorted(state):
+        if name.startswith("model") or name == "optimizer":
+            for key, tensor in _tensors(state[name], name):
+                found.update(key.encode())
+                found.update(train_worker._bytes(tensor))
+    return found.hexdigest()
+
+
+def _tensors(state: Any, name: str) -> list[tuple[str, torch.Tensor]]:
+    if isinstance(state, ShardedBase):
+        return [(name, state.data)] if isinstance(state.data, torch.Tensor) else []
+    if isinstance(state, dict):
+        return [pair for key in sorted(state, key=str) for pair in _tensors(state[key], f"{name}.{key}")]
+    return []
+
+
+def weights(run: Session) -> str:
+    """Of this rank's weights."""
+    found = xxhash.xxh3_128()
+    for model in run.models:
+        for parameter in model.parameters():
+            found.update(train_worker._bytes(parameter))
+    return found.hexdigest()
+
+
+def with_extra(dtype: str) -> Any:
+    """Patch the building of models so that the final norm has a parameter of its own, and one that is not used."""
+
+    def build(*args: Any, **words: Any) -> Any:
+        models = REAL_BUILD(*args, **words)
+        norm = models[-1].decoder.final_layernorm
+        for name in ("more", "unused"):
+            norm.register_parameter(name, torch.nn.Parameter(torch.full((3, 11), 0.01, dtype=getattr(torch, dtype))))
+        norm.register_forward_hook(lambda module, _, out: out + (out.float() * module.more.float().sum()).to(out.dtype))
+        return models
+
+    return mock.patch.object(session, "build", build)
+
+
+class Device:
+    """A device that has no memory left at some steps, once each; and chunks that move."""
+
+    def __init__(self, case: dict) -> None:
+        self.short, self.places = set(case.get("out of memory", [])), case.get("place", {})
+
+    def run(self, run: Session, *args: Any, train: bool) -> Any:
+        at = run.step + 1
+        if train and str(at) in self.places and run.away is not None:
+            for adam in run.away.adams:
+                adam.place(round(len(adam.chunks) * self.places[str(at)]))
+        found = REAL_BATCHES(run, *args, train=train)
+        if train and at in self.short:
+            self.short.remove(at)
+            raise torch.OutOfMemoryError("emulated")
+        return found
+
+
+def run_case(case: Any) -> list[dict]:
+    case = case if isinstance(case, dict) else {"arguments": case}
+    device = Device(case)
+    with (
+        mock.patch.object(train_worker, "state_digest", weights if case.get("digests") == "weights" else digest),
+        mock.patch.object(step, "run_batches", device.run),
+        with_extra(case["extra"]) if "extra" in case else mock.patch.object(session, "build", REAL_BUILD),
+    ):
+        return REAL_RUN(case)
+
+
+if __name__ == "__main__":
+    with mock.patch.object(train_worker, "run_case", run_case):
+        train_worker.main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,275 @@
+"""Activations of chosen layers wait for the backward pass in host memory; results are the same to the bit.
+
+What autograd saves inside a layer is collected. When the layer is done, each storage among it starts on its way out, in
+one piece however many views of it were saved. Two layers at most are on their way: then the computation waits. In the
+backward pass a layer's first use of what it saved sends for what the layer before it needs. Whoever still needs the
+memory of a device or of the host holds it, and it is free when the last saved tensor is: pipeline schedules,
+interleaved chunks and recomputation need nothing more.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from megapatch.models.cli import UserError
+from megapatch.models.device import Device
+from megapatch.models.link import Buffer, Copy, Lane, Pool, host_memory, lanes
+from megapatch.models.load import unwrapped
+from megapatch.trainer.activation_options import PARTS
+from megapatch.trainer.options import TrainOptions
+
+UNDER_WAY = 2  # layers whose copies out may be under way
+
+
+class Stored:
+    """One storage: on the device, in host memory, or on its way."""
+
+    def __init__(self, offload: "Offload", storage: torch.UntypedStorage) -> None:
+        self.offload, self.device = offload, storage.device
+        self.storage: torch.UntypedStorage | None = storage
+        self.nbytes = storage.nbytes()
+        self.buffer: Buffer = offload.pool.take(self.nbytes)
+        self.out: Copy = offload.out.copy(self.host, _bytes(storage), self.buffer.last)
+        self.back: Copy | None = None
+        self.arrived = False
+
+    @property
+    def host(self) -> Tensor:
+        """Its place in host memory [nbytes]."""
+        return self.buffer.memory[: self.nbytes]
+
+    def leave(self) -> None:
+        """Free it on the device: what is computed from now on comes after the copy."""
+        self.offload.out.wait(self.out)
+        self.storage = None
+
+    def fetch(self) -> None:
+        """Start to bring it back, unless it is there or on its way."""
+        if self.storage is None:
+            target = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
+            self.storage = target.untyped_storage()
+            self.back = self.offload.back.copy(target, self.host, self.out)
+
+    def here(self) -> torch.UntypedStorage:
+        """The storage on the device, whose content is there for what is computed from now on."""
+        self.fetch()
+        assert self.storage is not None
+        if self.back is not None and not self.arrived:
+            self.offload.back.wait(self.back)
+            self.arrived = True
+        return self.storage
+
+    def __del__(self) -> None:
+        last = self.back or self.out
+        last.drop()
+        self.buffer.last = last
+        self.offload.pool.give(self.buffer)
+
+
+class Saved:
+    """What autograd holds in the place of a tensor."""
+
+    def __init__(self, tensor: Tensor, group: "Group | None") -> None:
+        self.tensor = tensor.detach()  # another name for it, or what a function saves of its own output is never freed
+        self.version = tensor._version
+        self.group = group
+        self.stored: Stored | None = None
+
+    def move(self, stored: Stored) -> None:
+        """Hold a place in a storage instead of a tensor."""
+        tensor = self.tensor
+        self.place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        self.tensor, self.stored = tensor.new_empty(0), stored
+
+    def get(self) -> Tensor:
+        """The tensor, on the device."""
+        if self.group is not None:
+            self.group.used()
+        if self.stored is None:
+            return self.tensor
+        return self.tensor.new_empty(0).set_(self.stored.here(), *self.place)
+
+
+class Group:
+    """What one layer saved in one forward pass; ``before`` is the layer whose backward pass comes next."""
+
+    def __init__(self, before: "Group | None") -> None:
+        self.before = before
+        self.collected: list[Saved] = []
+        self.stored: list[weakref.ref[Stored]] = []
+        self.first_use = True
+
+    def alive(self) -> Iterator[Stored]:
+        """What somebody still needs."""
+        return (stored for reference in self.stored if (stored := reference()) is not None)
+
+    def used(self) -> None:
+        """At the first use of anything: send for all, and for what the next layer will need."""
+        if self.first_use:
+            self.first_use = False
+            for group in (self, self.before):
+                for stored in group.alive() if group else ():
+                    stored.fetch()
+            self.before = None
+
+
+class Offload:
+    """Sends what layers save to host memory and brings it back; one for all chunks of a process."""
+
+    def __init__(self, lanes: Sequence[Lane], pool: Pool, resident: Iterable[Tensor], min_bytes: int) -> None:
+        """``lanes`` out and back; ``resident`` tensors, parameters above all, and views of them stay."""
+        self.out, self.back = lanes
+        self.pool, self.min_bytes = pool, max(min_bytes, 1)
+        self.resident = {tensor.untyped_storage().data_ptr() for tensor in resident}
+        self.under_way: deque[Group] = deque()
+        self.group: Group | None = None
+        self.inside, self.passing = False, False
+        self.shared: set[int] = set()  # storages that a block's caller holds
+
+    def attach(self, block: Any, chosen: Iterable[int], modules: Sequence[str]) -> None:
+        """Watch a TransformerBlock; ``chosen`` of its layers send what they, or these modules of theirs, save."""
+        send = set(chosen)
+        _around(block, lambda *args, **words: self._pass(block, args, words))
+        for at, layer in enumerate(block.layers):
+            parts = [layer.get_submodule(name) for name in modules]
+            _around(layer, partial(self._layer, at in send and not parts))
+            for part in parts if at in send else ():
+                _around(part, self._part)
+
+    @contextmanager
+    def _pass(self, block: Any, args: Sequence[Any], words: Mapping[str, Any]) -> Iterator[None]:
+        """A forward pass through a block; its caller holds what it gives to all layers, and what came from a stage."""
+        given = [*args, *(value for name, value in words.items() if name != "hidden_states"), block.input_tensor]
+        self.shared = {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
+        self.passing, self.group, self.inside = True, None, False
+        try:
+            with saved_tensors_hooks(self._pack, Saved.get):
+                yield
+            self._send()
+        finally:
+            self.passing, self.group, self.inside = False, None, False
+
+    @contextmanager
+    def _layer(self, whole: bool, *_: Any, **__: Any) -> Iterator[None]:
+        """A layer's forward pass; what is saved after it, as by a function that computes it again, is its too."""
+        if self.passing:  # not when it is computed again
+            self._send()
+            self.group, self.inside = Group(self.group), whole
+        yield
+
+    @contextmanager
+    def _part(self, *_: Any, **__: Any) -> Iterator[None]:
+        self.inside, before = self.passing, self.inside
+        try:
+            yield
+        finally:
+            self.inside = before
+
+    def _pack(self, tensor: Tensor) -> Saved:
+        saved = Saved(tensor, self.group)
+        if self.inside and self.group is not None and self._worth(tensor):
+            self.group.collected.append(saved)
+        return saved
+
+    def _worth(self, tensor: Tensor) -> bool:
+        plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+        if not plain or (storage := tensor.untyped_storage()).nbytes() < self.min_bytes:
+            return False
+        return storage.data_ptr() not in self.resident and storage.data_ptr() not in self.shared
+
+    def _send(self) -> None:
+        """Start to copy what the last layer collected; wait where too much is under way."""
+        if self.group is None:
+            return
+        collected, self.group.collected = self.group.collected, []
+        for members in _by_storage(collected):
+            stored = Stored(self, members[0].tensor.untyped_storage())
+            self.group.stored.append(weakref.ref(stored))
+            for saved in members:
+                saved.move(stored)
+        if self.group.stored:
+            self.under_way.append(self.group)
+        while self.under_way and (len(self.under_way) > UNDER_WAY or _ended(self.under_way[0])):
+            for stored in self.under_way.popleft().alive():
+                stored.leave()
+
+    def measures(self) -> dict[str, int | float]:
+        """For the log: bytes moved and seconds waited since this was asked last, and the most host memory in use."""
+        found = {
+            "activations_out_bytes": self.out.copied_bytes,
+            "activations_back_bytes": self.back.copied_bytes,
+            "activations_pool_bytes": self.pool.peak_bytes,
+            "activations_wait_s": self.out.waited_s() + self.back.waited_s(),
+        }
+        self.out.copied_bytes = self.back.copied_bytes = 0
+        return found
+
+    def most(self, device: torch.device) -> dict[str, float]:
+        """The same, of the rank where each is largest (all ranks call)."""
+        mine = self.measures()
+        largest = torch.tensor(list(mine.values()), dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return {
+            name: value if name.endswith("_s") else int(value)
+            for name, value in zip(mine, largest.tolist(), strict=True)
+        }
+
+
+def start(options: TrainOptions, device: Device, models: Sequence[Any]) -> Offload | None:
+    """Have the chunks of this process's stage do what --offload-activations says."""
+    if options.offload_activations is None:
+        return None
+    rate, where = options.offload_link_gb_per_s, device.torch
+    if rate and device.kind != "cpu":
+        raise UserError("--offload-link-gb-per-s: a GPU has a link of its own; leave it away")
+    resident = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    parts = [PARTS[name] for name in options.offload_activation_modules]
+    pool = Pool(host_memory(where))
+    offload = Offload(lanes(where, rate and rate * 1e9), pool, resident, options.offload_activation_min_kib << 10)
+    for block in (unwrapped(model).decoder for model in models):
+        layers = [layer.layer_number - 1 for layer in block.layers]
+        offload.attach(block, [layers.index(number) for number in options.offloaded(layers)], parts)
+    return offload
+
+
+def _around(module: Any, context: Callable[[], Any]) -> None:
+    """Let a module's forward pass run in a context."""
+    forward = module.forward
+
+    @wraps(forward)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with context(*args, **kwargs):
+            return forward(*args, **kwargs)
+
+    module.forward = within
+
+
+def _by_storage(collected: Iterable[Saved]) -> list[list[Saved]]:
+    """Those that can go, by storage: not what was freed to be computed again, or changed since, or mostly not saved."""
+    found: dict[int, list[Saved]] = {}
+    for saved in collected:
+        found.setdefault(saved.tensor.untyped_storage().data_ptr(), []).append(saved)
+    return [members for members in found.values() if _can_go(members)]
+
+
+def _can_go(members: Sequence[Saved]) -> bool:
+    storage = members[0].tensor.untyped_storage()
+    views = {(s.tensor.storage_offset(), s.tensor.shape, s.tensor.stride()): s.tensor.nbytes for s in members}
+    unchanged = all(saved.version == saved.tensor._version for saved in members)
+    return unchanged and 0 < storage.nbytes() <= 2 * sum(views.values())
+
+
+def _ended(group: Group) -> bool:
+    return all(stored.out.done() for stored in group.alive())
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    """A storage as bytes [n]."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
