@@ -1,11 +1,13 @@
 """Trains as tests/train_worker.py does, from the cases of a test of offloading.
 
 A case may also have: "place" {step: fraction of chunks on the host from there on}; "extra" a dtype: a parameter of it
-that has a gradient, beside one that has none; "out of memory" steps at which the device has none left, once each.
+that has a gradient, beside one that has none; "out of memory" steps at which the device has none left, each once;
+"host bytes": so much host memory is free.
 "digest" of every step is over what a checkpoint would hold, so that it does not depend on where state lies.
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,10 +17,11 @@ import train_worker
 import xxhash
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-from megapatch.trainer import checkpoint, session, step
+from megapatch.trainer import adapters, checkpoint, step
+from megapatch.trainer.offload import offloading
 from megapatch.trainer.session import Session
 
-REAL_BUILD, REAL_RUN, REAL_BATCHES = session.build, train_worker.run_case, step.run_batches
+REAL_ADD, REAL_RUN, REAL_BATCHES = adapters.add, train_worker.run_case, step.run_batches
 
 
 def digest(run: Session) -> str:
@@ -51,24 +54,23 @@ def weights(run: Session) -> str:
 
 
 def with_extra(dtype: str) -> Any:
-    """Patch the building of models so that the final norm has a parameter of its own, and one that is not used."""
+    """Give the final norm of models a parameter of its own, and one that is not used, when their weights are loaded."""
 
-    def build(*args: Any, **words: Any) -> Any:
-        models = REAL_BUILD(*args, **words)
-        norm = models[-1].decoder.final_layernorm
+    def add(models: list[Any], *args: Any) -> Any:
+        norm = next(m for name, m in models[-1].named_modules() if name.endswith("final_layernorm"))
         for name in ("more", "unused"):
             norm.register_parameter(name, torch.nn.Parameter(torch.full((3, 11), 0.01, dtype=getattr(torch, dtype))))
         norm.register_forward_hook(lambda module, _, out: out + (out.float() * module.more.float().sum()).to(out.dtype))
-        return models
+        return REAL_ADD(models, *args)
 
-    return mock.patch.object(session, "build", build)
+    return mock.patch.object(adapters, "add", add)
 
 
 class Device:
-    """A device that has no memory left at some steps, once each; and chunks that move."""
+    """A device that has no memory left at some steps, each once; and chunks that move."""
 
     def __init__(self, case: dict) -> None:
-        self.short, self.places = set(case.get("out of memory", [])), case.get("place", {})
+        self.short, self.places = list(case.get("out of memory", [])), case.get("place", {})
 
     def run(self, run: Session, *args: Any, train: bool) -> Any:
         at = run.step + 1
@@ -85,10 +87,12 @@ class Device:
 def run_case(case: Any) -> list[dict]:
     case = case if isinstance(case, dict) else {"arguments": case}
     device = Device(case)
+    free = {"return_value": case["host bytes"]} if "host bytes" in case else {"side_effect": offloading.free_bytes}
     with (
+        mock.patch.object(offloading, "free_bytes", **free),
         mock.patch.object(train_worker, "state_digest", weights if case.get("digests") == "weights" else digest),
         mock.patch.object(step, "run_batches", device.run),
-        with_extra(case["extra"]) if "extra" in case else mock.patch.object(session, "build", REAL_BUILD),
+        with_extra(case["extra"]) if "extra" in case else nullcontext(),
     ):
         return REAL_RUN(case)
 

@@ -88,7 +88,7 @@ def fill(optimizer: Any, loaded: dict[str, Any], updates: int) -> None:
     """Take over what was loaded as ``sharded`` described it; the models' parameters must be loaded before."""
     for i, part in enumerate(_parts(optimizer)):
         if isinstance(part, Offloaded):
-            part.optimizer.take_weights()
+            part.optimizer.take_weights(native=True)  # the others' masters are in the checkpoint
         if isinstance(part, DistributedOptimizer):
             _scatter(part, loaded[str(i)])
             continue

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megapatch.models.device import Device
-from megapatch.trainer.offload.chunks import Chunk, needed_bytes
+from megapatch.trainer.offload.chunks import FLOAT_BYTES, Chunk, needed_bytes
 from megapatch.trainer.offload.engines import Engine, Rates, resident
 
 
@@ -46,9 +46,13 @@ class ChunkedAdam:
             for chunk, size in zip(chunks, sizes, strict=True):
                 chunk.settle(torch.empty(size, device=self.device.torch), on_host=False)
             return
-        slab = self.device.host_memory(sum(sizes) * 4).view(torch.float32)
-        for chunk, memory in zip(chunks, slab.split(sizes), strict=True):
-            chunk.settle(memory, on_host=True)
+        new = {chunk: size for chunk, size in zip(chunks, sizes, strict=True) if chunk.slot is None}
+        slab = self.device.host_memory(sum(new.values()) * FLOAT_BYTES).view(torch.float32)
+        for chunk, slot in zip(new, slab.split(list(new.values())), strict=True):
+            chunk.slot = slot
+        for chunk in chunks:
+            assert chunk.slot is not None
+            chunk.settle(chunk.slot, on_host=True)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -71,10 +75,11 @@ class ChunkedAdam:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def take_weights(self) -> None:
-        """Set all masters to the weights, which were changed from outside."""
+    def take_weights(self, *, native: bool = False) -> None:
+        """Set masters to the weights, which were changed from outside; ``native``: only those of fp32 weights."""
         for chunk in self.chunks:
-            chunk.take_weights()
+            if chunk.native or not native:
+                chunk.take_weights()
 
     def tensors(self, parameter: Any) -> dict[str, Tensor]:
         """This rank's part [n] of a parameter's master and moments, in fp32: views, or copies where it was cut."""

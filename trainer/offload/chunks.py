@@ -99,6 +99,7 @@ class Chunk:
             self.targets = [(whole, 0, self.numel)]  # one copy
         self.native = self.views[0].dtype == torch.float32  # weights are their own masters
         self.on_host = False
+        self.slot: Tensor | None = None  # its place in host memory, which is kept while it is on the device
         self.memory: Tensor = torch.empty(0)  # rows of state [2 or 3, numel], flat
 
     @property
