@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-SLAB_BYTES = 256 << 20  # a power of two: torch rounds pinned memory up to one
+SLAB_BYTES = 256 << 20  # taken from the system at once
 STEPS = 8  # sizes of buffers between one power of two and the next
 ALIGN_BYTES = 512
 
@@ -186,7 +186,7 @@ class Pool:
     def _new(self, size: int) -> Tensor:
         place = next((i for i, rest in enumerate(self.rests) if rest.numel() >= size), None)
         if place is None:
-            slab = max(self.slab_bytes, 1 << (size - 1).bit_length())
+            slab = max(self.slab_bytes, size)
             self.rests.append(self.allocate(slab))
             self.held_bytes += slab
             place = len(self.rests) - 1
@@ -199,9 +199,3 @@ def rounded(nbytes: int) -> int:
     """The size of the buffer for ``nbytes``: one of STEPS between powers of two, a multiple of ALIGN_BYTES."""
     step = max(ALIGN_BYTES, (1 << max(0, nbytes - 1).bit_length()) // (2 * STEPS))
     return -(-nbytes // step) * step
-
-
-def host_memory(device: torch.device) -> Callable[[int], Tensor]:
-    """A function from a number of bytes to host memory [n]: pinned, where copies to ``device`` need it."""
-    pinned = device.type != "cpu"
-    return lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)

@@ -14,17 +14,19 @@ STEPS = 5
 SIZE = "--lr 5e-3 --global-batch-size 4 --micro-batch-size 1 --seq-length 16"
 MOST = "--offload-activations 3"
 KINDS = {  # kind: model, what offloads, and the run that it is compared with
-    "3 layers": ("qwen3", MOST, ""),
     "a slow link": ("qwen3", f"{MOST} --offload-link-gb-per-s 0.01", ""),
-    "ranges": ("qwen3", "--offload-activations 0-0,2-3", ""),
-    "core_attn": ("qwen3", f"{MOST} --offload-activation-modules core_attn", ""),
     "attention mlp": ("qwen3", f"{MOST} --offload-activation-modules attention mlp", ""),
     "full": ("qwen3", MOST, "--recompute full"),
-    "the first 2": ("qwen3", MOST, "--recompute full --recompute-layers 2"),
     "selective": ("qwen3", MOST, "--recompute selective --recompute-modules core_attn layernorm mlp"),
     "bf16": ("qwen3", MOST, "--precision bf16"),
-    "adapters": ("qwen3", MOST, "--lora-rank 4"),
     "experts": ("deepseek_v3", "--offload-activations 2", ""),
+}
+MORE_KINDS = {
+    "3 layers": ("qwen3", MOST, ""),
+    "ranges": ("qwen3", "--offload-activations 0-0,2-3", ""),
+    "core_attn": ("qwen3", f"{MOST} --offload-activation-modules core_attn", ""),
+    "the first 2": ("qwen3", MOST, "--recompute full --recompute-layers 2"),
+    "adapters": ("qwen3", MOST, "--lora-rank 4"),
     "some of experts": (
         "deepseek_v3",
         "--offload-activations 2",
@@ -33,8 +35,10 @@ KINDS = {  # kind: model, what offloads, and the run that it is compared with
 }
 LAYOUTS = {  # of two processes
     "pipeline": ("deep", "--offload-activations 3", "--pp 2"),
-    "pipeline, recomputed": ("deep", "--offload-activations 3", "--pp 2 --recompute full"),
     "interleaved": ("deep", "--offload-activations 1 --offload-link-gb-per-s 0.02", "--pp 2 --vpp 2"),
+}
+MORE_LAYOUTS = {
+    "pipeline, recomputed": ("deep", "--offload-activations 3", "--pp 2 --recompute full"),
     "context": ("qwen3", MOST, "--cp 2"),
     "sequence": ("qwen3", MOST, "--tp 2 --sequence-parallel"),
 }
@@ -73,30 +77,64 @@ def check(runs: dict[str, list[dict]], kind: str, model: str, flags: str) -> Non
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    return run(tmp_path_factory.mktemp("activations"), KINDS, 1)
+    return run(tmp_path_factory.mktemp("alone"), KINDS, 1)
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    return run(tmp_path_factory.mktemp("more"), MORE_KINDS, 1)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    return run(tmp_path_factory.mktemp("activations2"), LAYOUTS, 2)
+    return run(tmp_path_factory.mktemp("pairs"), LAYOUTS, 2)
+
+
+@pytest.fixture(scope="module")
+def more_pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    return run(tmp_path_factory.mktemp("more_pairs"), MORE_LAYOUTS, 2)
+
+
+def check_kept(runs: dict[str, list[dict]], kind: str, model: str, moving: str, flags: str) -> None:
+    """What was moved is gone from the device, and nothing else."""
+    kept = [events(runs[name], "kept")[0] for name in (f"{model} {flags}", kind)]
+    steps = events(runs[kind], "train")
+    moved = sum(step["activations_out_bytes"] for step in steps)
+    print(f"{kind:16} kept {kept[1]['bytes']:>9,} of {kept[0]['bytes']:>9,} bytes")
+    gone = kept[0]["total_bytes"] - kept[1]["total_bytes"]
+    least = 0.98 if model == "deepseek_v3" else 1  # its dispatcher of tokens holds its last routing
+    assert least * moved <= gone < 1.25 * moved  # all of q, k and v goes, where v alone moves
+    if moving.startswith(MOST):  # two of the three layers may be on their way when the backward pass needs them
+        assert all(step["activations_back_bytes"] > 0 for step in steps)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_bit_changes_and_what_was_moved_is_gone_from_the_device(alone: dict, kind: str) -> None:
-    model, _, flags = KINDS[kind]
+    model, moving, flags = KINDS[kind]
     check(alone, kind, model, flags)
-    kept = [events(alone[name], "kept")[0] for name in (f"{model} {flags}", kind)]
-    moved = sum(step["activations_out_bytes"] for step in events(alone[kind], "train"))
-    print(f"{kind:16} kept {kept[1]['bytes']:>9,} of {kept[0]['bytes']:>9,} bytes")
-    held = 0.02 * moved if model == "deepseek_v3" else 0  # the dispatcher of tokens holds its last routing
-    assert 0 <= kept[1]["total_bytes"] - (kept[0]["total_bytes"] - moved) <= held
-    if MOST in KINDS[kind][1]:  # two of the three layers may be on their way when the backward pass needs them
-        assert all(step["activations_back_bytes"] > 0 for step in events(alone[kind], "train"))
+    check_kept(alone, kind, model, moving, flags)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", MORE_KINDS)
+def test_nor_with_other_layers_parts_and_adapters(more: dict, kind: str) -> None:
+    model, moving, flags = MORE_KINDS[kind]
+    check(more, kind, model, flags)
+    check_kept(more, kind, model, moving, flags)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_layouts_change_no_bit(pairs: dict, kind: str) -> None:
+def test_pipelines_change_no_bit(pairs: dict, kind: str) -> None:
     model, _, flags = LAYOUTS[kind]
     check(pairs, kind, model, flags)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", MORE_LAYOUTS)
+def test_nor_do_other_layouts(more_pairs: dict, kind: str) -> None:
+    model, _, flags = MORE_LAYOUTS[kind]
+    check(more_pairs, kind, model, flags)

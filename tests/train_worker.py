@@ -20,6 +20,7 @@ arguments, or an object that holds them as "arguments" and, when wanted, with st
 A case that fails has one record: {"event": "error", "text": traceback}.
 """
 
+import gc
 import json
 import os
 import sys
@@ -190,6 +191,8 @@ def run_case(case: Any) -> list[dict]:
 
 def main(cases: Path, results: Path) -> None:
     signals.listen()
+    gc.collect()
+    gc.freeze()  # what imports made is not looked through again: Kept asks for it in every pass
     found = {}
     for name, case in json.loads(cases.read_text()).items():
         try:

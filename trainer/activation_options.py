@@ -6,6 +6,7 @@ from typing import Optional
 
 from megapatch.models.cli import UserError, opt
 
+UNDER_WAY = 2  # layers whose copies out may be under way while the next one computes
 PARTS = {  # part: the module of a layer
     "attention": "self_attention",
     "core_attn": "self_attention.core_attention",
@@ -36,8 +37,8 @@ class ActivationOptions:
         "on a CPU: emulate a link of this many GB/s in each direction to host memory (default: as fast as memory)", None
     )
 
-    def refuse_activations(self, recompute: str, recompute_modules: Sequence[str]) -> None:
-        """ValueError where options do not go together."""
+    def refuse_activations(self, recompute: str, recompute_modules: Sequence[str], *, linked: bool) -> None:
+        """ValueError where options do not go together; ``linked``: something else goes to host memory too."""
         again = set(self.offload_activation_modules) & set(recompute_modules if recompute == "selective" else [])
         refused = {
             "--offload-activation-modules needs --offload-activations": (
@@ -54,6 +55,9 @@ class ActivationOptions:
             ),
             f"--offload-activation-modules {' '.join(sorted(again))}: is computed again, see --recompute-modules": (
                 bool(again)
+            ),
+            "--offload-link-gb-per-s needs --offload-activations or --offload-optimizer": (
+                self.offload_link_gb_per_s is not None and self.offload_activations is None and not linked
             ),
             f"--offload-link-gb-per-s {self.offload_link_gb_per_s}: must be above 0": (
                 self.offload_link_gb_per_s is not None and not self.offload_link_gb_per_s > 0

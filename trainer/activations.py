@@ -20,12 +20,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megapatch.models.cli import UserError
 from megapatch.models.device import Device
-from megapatch.models.link import Buffer, Copy, Lane, Pool, host_memory, lanes
+from megapatch.models.link import Buffer, Copy, Lane, Pool, lanes
 from megapatch.models.load import unwrapped
-from megapatch.trainer.activation_options import PARTS
+from megapatch.trainer.activation_options import PARTS, UNDER_WAY
 from megapatch.trainer.options import TrainOptions
 
-UNDER_WAY = 2  # layers whose copies out may be under way
+Place = tuple[int, torch.Size, tuple[int, ...]]  # offset, shape, strides
 
 
 class Stored:
@@ -82,11 +82,15 @@ class Saved:
         self.group = group
         self.stored: Stored | None = None
 
-    def move(self, stored: Stored) -> None:
-        """Hold a place in a storage instead of a tensor."""
-        tensor = self.tensor
-        self.place = tensor.storage_offset(), tensor.shape, tensor.stride()
-        self.tensor, self.stored = tensor.new_empty(0), stored
+    @property
+    def place(self) -> Place:
+        """Where the tensor lies in its storage."""
+        return self.tensor.storage_offset(), self.tensor.shape, self.tensor.stride()
+
+    def move(self, stored: Stored, spread: int = 0) -> None:
+        """Hold a place in a storage instead of a tensor; or its elements alone, of a storage of ``spread`` bytes."""
+        self.moved_from, self.spread = self.place, spread
+        self.tensor, self.stored = self.tensor.new_empty(0), stored
 
     def get(self) -> Tensor:
         """The tensor, on the device."""
@@ -94,7 +98,12 @@ class Saved:
             self.group.used()
         if self.stored is None:
             return self.tensor
-        return self.tensor.new_empty(0).set_(self.stored.here(), *self.place)
+        storage = self.stored.here()
+        if not self.spread:
+            return self.tensor.new_empty(0).set_(storage, *self.moved_from)
+        whole = torch.empty(self.spread, dtype=torch.uint8, device=self.tensor.device).untyped_storage()
+        found = self.tensor.new_empty(0).set_(whole, *self.moved_from)  # strides as they were: kernels depend on them
+        return found.copy_(self.tensor.new_empty(0).set_(storage, 0, found.shape))
 
 
 class Group:
@@ -190,15 +199,31 @@ class Offload:
             return
         collected, self.group.collected = self.group.collected, []
         for members in _by_storage(collected):
-            stored = Stored(self, members[0].tensor.untyped_storage())
-            self.group.stored.append(weakref.ref(stored))
-            for saved in members:
-                saved.move(stored)
+            for stored in self._moved(members):
+                self.group.stored.append(weakref.ref(stored))
         if self.group.stored:
             self.under_way.append(self.group)
         while self.under_way and (len(self.under_way) > UNDER_WAY or _ended(self.under_way[0])):
             for stored in self.under_way.popleft().alive():
                 stored.leave()
+
+    def _moved(self, members: Sequence[Saved]) -> list[Stored]:
+        """Move tensors that share a storage: all of it, or each view alone where they are the lesser part of it."""
+        storage, views = members[0].tensor.untyped_storage(), {saved.place: saved.tensor for saved in members}
+        if storage.nbytes() <= 2 * sum(view.nbytes for view in views.values()):
+            whole = Stored(self, storage)
+            for saved in members:
+                saved.move(whole)
+            return [whole]
+        pieces = {
+            place: Stored(self, view.clone(memory_format=torch.contiguous_format).untyped_storage())
+            for place, view in views.items()
+            if view.nbytes >= self.min_bytes
+        }
+        for saved in members:
+            if saved.place in pieces:
+                saved.move(pieces[saved.place], storage.nbytes())
+        return list(pieces.values())
 
     def measures(self) -> dict[str, int | float]:
         """For the log: bytes moved and seconds waited since this was asked last, and the most host memory in use."""
@@ -231,7 +256,7 @@ def start(options: TrainOptions, device: Device, models: Sequence[Any]) -> Offlo
         raise UserError("--offload-link-gb-per-s: a GPU has a link of its own; leave it away")
     resident = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     parts = [PARTS[name] for name in options.offload_activation_modules]
-    pool = Pool(host_memory(where))
+    pool = Pool(device.host_memory)
     offload = Offload(lanes(where, rate and rate * 1e9), pool, resident, options.offload_activation_min_kib << 10)
     for block in (unwrapped(model).decoder for model in models):
         layers = [layer.layer_number - 1 for layer in block.layers]
@@ -252,7 +277,7 @@ def _around(module: Any, context: Callable[[], Any]) -> None:
 
 
 def _by_storage(collected: Iterable[Saved]) -> list[list[Saved]]:
-    """Those that can go, by storage: not what was freed to be computed again, or changed since, or mostly not saved."""
+    """Those that can go, by storage: not what was freed to be computed again, or changed since."""
     found: dict[int, list[Saved]] = {}
     for saved in collected:
         found.setdefault(saved.tensor.untyped_storage().data_ptr(), []).append(saved)
@@ -260,10 +285,8 @@ def _by_storage(collected: Iterable[Saved]) -> list[list[Saved]]:
 
 
 def _can_go(members: Sequence[Saved]) -> bool:
-    storage = members[0].tensor.untyped_storage()
-    views = {(s.tensor.storage_offset(), s.tensor.shape, s.tensor.stride()): s.tensor.nbytes for s in members}
     unchanged = all(saved.version == saved.tensor._version for saved in members)
-    return unchanged and 0 < storage.nbytes() <= 2 * sum(views.values())
+    return unchanged and members[0].tensor.untyped_storage().nbytes() > 0
 
 
 def _ended(group: Group) -> bool:

@@ -80,7 +80,7 @@ class TrainOptions(
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_recompute()
-        self.refuse_activations(self.recompute, self.recompute_modules)
+        self.refuse_activations(self.recompute, self.recompute_modules, linked=self.offload_optimizer is not None)
         self.refuse_offload()
         self.refuse_moe()
         self.refuse_fp8(self.precision)
