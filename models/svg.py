@@ -14,6 +14,7 @@ DOTS_BELOW = 40  # lines with fewer points also show them
 ROW_PX = 18  # of a legend
 PLAIN_STYLE = """svg{background:#fff;font-family:system-ui,sans-serif}text{fill:#3d444d}.unit{font-style:italic}
 .grid{stroke:#e9ecef}.axis{stroke:#5b6470}.line{fill:none;stroke:var(--c)}.dot{fill:var(--c)}
+.hollow{fill:none;stroke:var(--c)}
 .dashed{stroke-dasharray:6 4}.dotted{stroke-dasharray:2 3}
 .c0{--c:#1f6fd6}.c1{--c:#d9660f}.c2{--c:#12866b}.c3{--c:#a23bb0}.c4{--c:#8a6d00}.c5{--c:#c8244f}"""
 
