@@ -26,13 +26,32 @@ KINDS = {
     "distributed fp32": DISTRIBUTED,
     "distributed bf16": f"{DISTRIBUTED} --precision bf16",
 }
+FRACTIONS = {  # the default suite has one of each fraction and engine, and two of each kind
+    "fp32": {"0.3 stream", "1 cpu"},
+    "bf16": {"0 cpu", "0.65 cpu", "1 cpu"},
+    "distributed fp32": {"0.65 cpu", "1 stream"},
+    "distributed bf16": {"0.3 stream", "1 cpu"},
+}
+
+
+def fractions(*, slow: bool) -> dict[str, Case]:
+    """The cases of static fractions."""
+    every = [
+        (kind, f"{fraction} {engine}", f"{by} {fraction}")
+        for kind in KINDS
+        for fraction in ("0", "0.3", "0.65", "1")
+        for engine, by in (("cpu", CPU), ("stream", STREAM))
+    ]
+    return {
+        f"dense {kind} {name}": (KINDS[kind], given, {})
+        for kind, name, given in every
+        if slow != (name in FRACTIONS[kind])
+    }
+
+
 SAME: dict[int, dict[str, Case]] = {  # processes: {name: case}; the name's first word is the model
     1: {
-        **{
-            f"dense {kind} {fraction} {engine.split()[3]}": (options, f"{engine} {fraction}", {})
-            for kind, options in KINDS.items()
-            for fraction, engine in (("0", CPU), ("0.3", STREAM), ("0.65", CPU), ("1", STREAM), ("1", CPU))
-        },
+        **fractions(slow=False),
         "dense measured engine, default chunk": ("--precision bf16", "--offload-optimizer 0.65", {}),
         "dense chunks move, cpu": (KINDS["bf16"], f"{CPU} 0.65", MOVES),
         "dense chunks move, cpu, fp32": (KINDS["distributed fp32"], f"{CPU} 0.65", MOVES),
@@ -176,7 +195,19 @@ def test_offloading_changes_no_bit_of_losses_norms_and_state(
     assert digests(runs[name]) == digests(plain) and len(digests(plain)) == 4
 
 
-@pytest.mark.parametrize("name", [name for name in SAME[1] if name.split()[-2] in ("0", "0.3", "0.65", "1")])
+@pytest.mark.slow
+def test_every_fraction_with_either_engine_changes_no_bit(folder: Path) -> None:
+    found = {
+        name: {"arguments": arguments(folder, "dense", f"every/{name}", f"{options} {given}"), "digests": True}
+        for name, (options, given, _) in (fractions(slow=True) | {k: (o, "", {}) for k, o in KINDS.items()}).items()
+    }
+    ran = launch(1, found, folder, "offload_worker.py")
+    for name in fractions(slow=True):
+        plain = ran[name.removeprefix("dense ").rsplit(" ", 2)[0]]
+        assert (steps(ran[name]), digests(ran[name])) == (steps(plain), digests(plain)), name
+
+
+@pytest.mark.parametrize("name", fractions(slow=False))
 def test_a_static_fraction_is_exact_to_a_grain(runs: dict[str, list[dict]], name: str) -> None:
     asked, parameters = float(name.split()[-2]), 65920
     for record in events(runs[name], "train"):

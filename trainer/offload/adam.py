@@ -41,7 +41,7 @@ class ChunkedAdam:
         return needed_bytes(moved, mastered=self.engine.mastered)
 
     def _settle(self, chunks: Sequence[Chunk], *, on_host: bool) -> None:
-        sizes = [chunk.numel * chunk.rows(mastered=on_host and self.engine.mastered) for chunk in chunks]
+        sizes = [chunk.size(mastered=on_host and self.engine.mastered) for chunk in chunks]
         if not on_host:
             for chunk, size in zip(chunks, sizes, strict=True):
                 chunk.settle(torch.empty(size, device=self.device.torch), on_host=False)

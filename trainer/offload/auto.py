@@ -25,7 +25,7 @@ from megapatch.trainer.flops import sizes_of
 from megapatch.trainer.memory import MARGIN, Activations
 from megapatch.trainer.metrics import Log
 from megapatch.trainer.offload.adam import ChunkedAdam, device_bytes
-from megapatch.trainer.offload.chunks import FLOAT_BYTES
+from megapatch.trainer.offload.chunks import needed_bytes
 from megapatch.trainer.offload.options import AUTO
 from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.session import Session
@@ -190,7 +190,7 @@ def come_back(adams: list[ChunkedAdam], most_bytes: int) -> int:
         count = adam.count
         while count:
             chunk = adam.chunks[count - 1]
-            size = chunk.numel * chunk.rows(mastered=False) * FLOAT_BYTES
+            size = needed_bytes([chunk], mastered=False)
             if moved + size > most_bytes:
                 break
             moved, count = moved + size, count - 1

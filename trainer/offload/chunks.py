@@ -14,6 +14,9 @@ from torch import Tensor
 GRAIN = 64  # a parameter is cut at multiples of so many elements: vectorised Adam then rounds each as in one piece
 ROWS = ("exp_avg", "exp_avg_sq", "master")  # of a chunk's state, one after the other
 FLOAT_BYTES = 4
+STAGGER, STAGGERED_FROM = 65 * 2**10 // FLOAT_BYTES, 2**20  # elements: rows that begin at the same place of large
+# powers of two contend for the same sets of a cache
+Parts = list[tuple[int, list[list[Tensor]]]]  # by parameter group: pieces of masters, gradients and both moments
 
 
 @dataclass(frozen=True)
@@ -100,31 +103,32 @@ class Chunk:
         self.native = self.views[0].dtype == torch.float32  # weights are their own masters
         self.on_host = False
         self.slot: Tensor | None = None  # its place in host memory, which is kept while it is on the device
-        self.memory: Tensor = torch.empty(0)  # rows of state [2 or 3, numel], flat
+        self.memory: Tensor = torch.empty(0)  # rows of state [2 or 3, stride], flat
+        self.made: dict[int, Parts] = {}
 
     @property
     def parameters(self) -> int:
         """Elements, padding not counted."""
         return sum(span.stop - span.start for span in self.spans)
 
-    def rows(self, *, mastered: bool) -> int:
-        """Rows of its state; ``mastered``: masters are wanted even of fp32 weights."""
-        return len(ROWS) if mastered or not self.native else len(ROWS) - 1
+    def size(self, *, mastered: bool) -> int:
+        """Elements of its state; ``mastered``: masters are wanted even of fp32 weights."""
+        return stride(self.numel) * (len(ROWS) if mastered or not self.native else len(ROWS) - 1)
 
     def row(self, name: str, memory: Tensor | None = None) -> Tensor:
         """A row of the state [numel]; of a copy of it in ``memory``."""
-        at = ROWS.index(name) * self.numel
+        at = ROWS.index(name) * stride(self.numel)
         return (self.memory if memory is None else memory)[at : at + self.numel]
 
     @property
     def has_master(self) -> bool:
         """Whether masters lie beside the moments."""
-        return self.memory.numel() == len(ROWS) * self.numel
+        return self.memory.numel() == len(ROWS) * stride(self.numel)
 
     def settle(self, memory: Tensor, *, on_host: bool) -> None:
-        """Move the state, as far as there is one, to ``memory`` [rows * numel]; masters begin as the weights."""
+        """Move the state, as far as there is one, to ``memory`` [rows * stride]; masters begin as the weights."""
         old, mastered = self.memory, self.has_master
-        self.memory, self.on_host = memory, on_host
+        self.memory, self.on_host, self.made = memory, on_host, {}
         kept = min(old.numel(), memory.numel())
         memory[:kept].copy_(old[:kept])
         memory[kept:].zero_()
@@ -146,6 +150,23 @@ class Chunk:
     def pieces(self, row: Tensor) -> list[Tensor]:
         """The part of each span in [numel]."""
         return [row[span.start : span.stop] for span in self.spans]
+
+    def parts(self, key: int, gradient: Tensor, memory: Tensor) -> Parts:
+        """What Adam updates, from a gradient [numel] and ``memory``; made once for each ``key`` of the two."""
+        if key not in self.made:
+            rows = [self.masters(memory), self.pieces(gradient)]
+            rows += [self.pieces(self.row(name, memory)) for name in ROWS[:2]]
+            groups = [span.group for span in self.spans]
+            self.made[key] = [
+                (number, [[piece for piece, group in zip(row, groups, strict=True) if group == number] for row in rows])
+                for number in sorted(set(groups))
+            ]
+        return self.made[key]
+
+
+def stride(numel: int) -> int:
+    """Elements from one row of a chunk's state to the next."""
+    return numel + (STAGGER if numel >= STAGGERED_FROM else 0)
 
 
 def _first(span: Span, start: int) -> int:
@@ -172,4 +193,4 @@ def make(shards: Sequence[Shard], most: int, fraction: float) -> tuple[list[Chun
 
 def needed_bytes(chunks: Iterable[Chunk], *, mastered: bool) -> int:
     """Bytes of the state of chunks."""
-    return sum(chunk.numel * chunk.rows(mastered=mastered) for chunk in chunks) * FLOAT_BYTES
+    return sum(chunk.size(mastered=mastered) for chunk in chunks) * FLOAT_BYTES

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from megapatch.models.link import Copy, Lane
-from megapatch.trainer.offload.chunks import FLOAT_BYTES, ROWS, Chunk
+from megapatch.trainer.offload.chunks import FLOAT_BYTES, ROWS, Chunk, Parts, stride
 
 AHEAD = 3  # chunks whose gradients, or state, are on their way at once
 CASTS = 2  # chunks whose weights are on their way
 POLL_S = 2e-5
+RESIDENT = -1  # key of a chunk's own memory and gradient; others are those of slots
 
 
 @dataclass
@@ -27,14 +28,10 @@ class Rates:
     def __post_init__(self) -> None:
         self.steps: dict[torch.device, Tensor] = {}
 
-    def adamw(self, chunk: Chunk, masters: list[Tensor], gradient: Tensor, memory: Tensor) -> None:
-        """Update the masters of a chunk's spans and the moments in ``memory``; gradient [numel] on the same device."""
-        gradients = chunk.pieces(gradient)
-        moments = [chunk.pieces(chunk.row(name, memory)) for name in ROWS[:2]]
-        step = self.steps.setdefault(memory.device, torch.tensor(float(self.update), device=memory.device))
-        for number in sorted({span.group for span in chunk.spans}):
-            mine = [i for i, span in enumerate(chunk.spans) if span.group == number]
-            rows = [[pieces[i] for i in mine] for pieces in (masters, gradients, *moments)]
+    def adamw(self, parts: Parts, device: torch.device) -> None:
+        """Update masters and moments, which lie on ``device``."""
+        step = self.steps.setdefault(device, torch.tensor(float(self.update), device=device))
+        for number, rows in parts:
             fused_adamw(self.groups[number], rows, step)
 
 
@@ -74,7 +71,7 @@ class Engine(Protocol):
 
 def resident(chunk: Chunk, rates: Rates) -> None:
     """Update a chunk whose state lies on the device."""
-    rates.adamw(chunk, chunk.masters(), chunk.gradient, chunk.memory)
+    rates.adamw(chunk.parts(RESIDENT, chunk.gradient, chunk.memory), chunk.memory.device)
     if chunk.has_master:
         for view, start, stop in chunk.targets:
             view.copy_(chunk.row("master")[start:stop])
@@ -121,7 +118,8 @@ class CpuEngine:
             finish(copy)
             self.down.wait(copy)
             watch.lap("d2h_wait_s")
-            rates.adamw(chunk, chunk.masters(), self.gradients[at % AHEAD][: chunk.numel], chunk.memory)
+            parts = chunk.parts(at % AHEAD, self.gradients[at % AHEAD][: chunk.numel], chunk.memory)
+            rates.adamw(parts, chunk.memory.device)
             watch.lap("adam_s")
             if at + AHEAD < len(chunks):
                 self._fetch(chunks[at + AHEAD], at + AHEAD)
@@ -154,7 +152,7 @@ class StreamEngine:
     def __init__(self, down: Lane, up: Lane, largest: int, device: torch.device) -> None:
         """``largest`` chunk in elements."""
         self.down, self.up = down, up
-        self.slots = [torch.empty(largest * len(ROWS), device=device) for _ in range(AHEAD)]
+        self.slots = [torch.empty(stride(largest) * len(ROWS), device=device) for _ in range(AHEAD)]
         self.leaving: list[Copy | None] = [None] * AHEAD  # from each of the slots
         self.coming: deque[Copy] = deque()
 
@@ -174,7 +172,7 @@ class StreamEngine:
             self.up.wait(self.coming.popleft())
             watch.lap("h2d_wait_s")
             slot = self.slots[at % AHEAD][: chunk.memory.numel()]
-            rates.adamw(chunk, chunk.masters(slot), chunk.gradient, slot)
+            rates.adamw(chunk.parts(at % AHEAD, chunk.gradient, slot), slot.device)
             if chunk.has_master:
                 for view, start, stop in chunk.targets:
                     view.copy_(chunk.row("master", slot)[start:stop])

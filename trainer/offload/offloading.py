@@ -11,10 +11,10 @@ from megapatch.models.link import Lane, lanes
 from megapatch.models.space import DoesNotFit, free_bytes, short
 from megapatch.trainer.offload import chunks as chunking
 from megapatch.trainer.offload.adam import ChunkedAdam, device_bytes, host_bytes
-from megapatch.trainer.offload.chunks import FLOAT_BYTES, ROWS
+from megapatch.trainer.offload.chunks import FLOAT_BYTES, ROWS, stride
 from megapatch.trainer.offload.engines import CpuEngine, Engine, StreamEngine
-from megapatch.trainer.offload.measure import Measured, described, measure
-from megapatch.trainer.offload.options import AUTO
+from megapatch.trainer.offload.measure import MOST, Measured, described, measure
+from megapatch.trainer.offload.options import AUTO, CHUNKS
 from megapatch.trainer.offload.parts import take_over
 from megapatch.trainer.offload.places import shards
 from megapatch.trainer.options import TrainOptions
@@ -44,7 +44,11 @@ class Offloading:
 
     def described(self) -> dict[str, Any]:
         """For the log, once."""
-        found = {"engine": self.engine, "fraction": self.fraction, "chunk": self.options.offload_chunk}
+        found = {
+            "engine": self.engine,
+            "fraction": self.fraction,
+            "chunk": self.options.offload_chunk or CHUNKS[self.engine],
+        }
         found |= {"host_bytes": host_bytes(self.adams), "device_bytes": device_bytes(self.adams)}
         return found | (described(self.measured) if self.measured else {})
 
@@ -69,18 +73,22 @@ def start(options: TrainOptions, device: Device, optimizer: Any, wrapped: list[A
     """Put chunks in the place of masters and moments in megatron-core's chain (every rank must call)."""
     held = [i for i, part in enumerate(optimizer.chained_optimizers) if part.optimizer is not None]
     found = [shards(optimizer.chained_optimizers[i], wrapped) for i in held]
-    largest = min(options.offload_chunk, max((shard.length for part in found for shard in part), default=1))
     width = 2 if options.precision == "bf16" else FLOAT_BYTES
     rate = options.offload_link_gb_per_s
     down, up = lanes(device.torch, rate and rate * 1e9)
-    measured = measure(device, down, up, options.offload_chunk, width) if options.offload_engine == AUTO else None
+    measured = (
+        measure(device, down, up, options.offload_chunk or MOST, width) if options.offload_engine == AUTO else None
+    )
     name = measured.best if measured else options.offload_engine
-    fraction = _fitting_host(options, sum(shard.length for part in found for shard in part), largest, width, name)
+    chunk = options.offload_chunk or CHUNKS[name]
+    largest = min(chunk, max((shard.length for part in found for shard in part), default=1))
+    pieces = [stop - start for part in found for shard in part for start, stop in chunking.cut(shard.spans, largest)]
+    fraction = _fitting_host(options, sum(map(stride, pieces)), largest, width, name)
     engine = _engine(name, device, (down, up), largest, width)
     adams = []
     for i, part_shards in zip(held, found, strict=True):
         part = optimizer.chained_optimizers[i]
-        chunks, count = chunking.make(part_shards, options.offload_chunk, fraction)
+        chunks, count = chunking.make(part_shards, chunk, fraction)
         adams.append(ChunkedAdam(part.optimizer.param_groups, chunks, engine, device))
         adams[-1].place(count)
         optimizer.chained_optimizers[i] = take_over(part, adams[-1])
