@@ -102,7 +102,7 @@ def test_chunks_do_not_change_the_step():
 def test_streamed_chunks_take_the_same_step(size):
     whole, streamed = adam_step.Arrays(5000), adam_step.Arrays(5000)
     adam_step.fused_step(whole, 5000)
-    adam_step.stream_step(streamed, size, rate=None)
+    adam_step.Stream(streamed, size, rate=None)()
     for name in ("p", "g", "m", "v"):
         assert torch.equal(getattr(whole, name), getattr(streamed, name))
 

@@ -25,7 +25,7 @@ from megapatch.models.load import unwrapped
 from megapatch.trainer.activation_options import PARTS, UNDER_WAY
 from megapatch.trainer.options import TrainOptions
 
-Place = tuple[int, torch.Size, tuple[int, ...]]  # offset, shape, strides
+Place = tuple[Any, torch.Size, tuple[int, ...]]  # offset, shape, strides
 
 
 class Stored:
@@ -103,7 +103,8 @@ class Saved:
             return self.tensor.new_empty(0).set_(storage, *self.moved_from)
         whole = torch.empty(self.spread, dtype=torch.uint8, device=self.tensor.device).untyped_storage()
         found = self.tensor.new_empty(0).set_(whole, *self.moved_from)  # strides as they were: kernels depend on them
-        return found.copy_(self.tensor.new_empty(0).set_(storage, 0, found.shape))
+        alone = torch.empty(0, dtype=torch.uint8, device=found.device).set_(storage)
+        return found.copy_(alone.view(found.dtype).view(found.shape))
 
 
 class Group:

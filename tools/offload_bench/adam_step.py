@@ -54,10 +54,6 @@ class Arrays:
         buffer = torch.empty(4 * stride).uniform_(1e-4, 1e-3)
         self.p, self.g, self.m, self.v = (part[:numel] for part in buffer.split(stride))
 
-    def first(self, numel: int) -> "Arrays":
-        """The first elements of all."""
-        return self.part(slice(numel))
-
     def chunk(self, number: int, size: int) -> "Arrays":
         """A chunk of ``size`` elements, counted from 0."""
         return self.part(slice(number * size, (number + 1) * size))
@@ -136,25 +132,33 @@ def bf16_step(arrays: Arrays, size: int, weights: Tensor) -> None:
         weights[: part.p.numel()].copy_(part.p)
 
 
-def stream_step(arrays: Arrays, size: int, rate: float | None) -> None:
+class Stream:
     """State p, m, v to the device and back chunk by chunk, in two lanes, and Adam there (here: between two arenas)."""
-    down, up = lanes(torch.device("cpu"), rate)
-    rooms = [Arrays(min(size, arrays.p.numel())) for _ in range(2)]
-    back: list[Copy | None] = [None, None]
-    count = len(arrays.chunks(size))
-    arrived = _send(up, rooms[0], arrays.chunk(0, size), None)
-    for i in range(count):
-        here, host, ready = rooms[i % 2], arrays.chunk(i, size), arrived
-        if i + 1 < count:
-            arrived = _send(up, rooms[(i + 1) % 2], arrays.chunk(i + 1, size), back[(i + 1) % 2])
-        up.wait(ready)
-        here.g[: host.g.numel()].copy_(host.g)  # gradients are on the device already
-        part = here.first(host.p.numel())
-        fused_step(part, size)
-        back[i % 2] = _send(down, host, part, None)
-    for copy in back:
-        if copy is not None:
-            down.wait(copy)
+
+    def __init__(self, arrays: Arrays, size: int, rate: float | None) -> None:
+        self.arrays, self.size, self.count = arrays, size, len(arrays.chunks(size))
+        self.down, self.up = lanes(torch.device("cpu"), rate)
+        self.rooms = [Arrays(min(size, arrays.p.numel())) for _ in range(2)]
+
+    def __call__(self) -> None:
+        back: list[Copy | None] = [None, None]
+        arrived = self._fetch(0, None)
+        for i in range(self.count):
+            ready = arrived
+            if i + 1 < self.count:
+                arrived = self._fetch(i + 1, back[(i + 1) % 2])
+            self.up.wait(ready)
+            host = self.arrays.chunk(i, self.size)
+            here = self.rooms[i % 2].part(slice(host.p.numel()))
+            here.g.copy_(host.g)  # gradients are on the device already
+            fused_step(here, self.size)
+            back[i % 2] = _send(self.down, host, here, None)
+        for copy in back:
+            if copy is not None:
+                self.down.wait(copy)
+
+    def _fetch(self, number: int, after: Copy | None) -> Copy:
+        return _send(self.up, self.rooms[number % 2], self.arrays.chunk(number, self.size), after)
 
 
 def _send(lane: Any, target: Arrays, source: Arrays, after: Copy | None) -> Copy:
@@ -199,10 +203,12 @@ def adam_rows(
     arrays = Arrays(numel)
     sizes = sorted({min(size, numel) for size in chunks})
     weights = torch.empty(sizes[-1], dtype=torch.bfloat16)
-    kernels = [("fused", size, partial(fused_step, arrays, size)) for size in sizes]
+    kernels: list[tuple[str, int, Callable[[], Any]]] = [
+        ("fused", size, partial(fused_step, arrays, size)) for size in sizes
+    ]
     kernels += [("fused bf16", size, partial(bf16_step, arrays, size, weights)) for size in sizes]
     kernels += [
-        ("stream", sizes[-1], partial(stream_step, arrays, sizes[-1], rate)),
+        ("stream", sizes[-1], Stream(arrays, sizes[-1], rate)),
         ("foreach", sizes[-1], partial(listed_step, arrays, sizes[-1], foreach=True)),
         ("for-loop", sizes[-1], partial(listed_step, arrays, sizes[-1], foreach=False)),
     ]

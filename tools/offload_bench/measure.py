@@ -152,7 +152,7 @@ def overlap_rows(numel: int, size: int, rounds: int, rate: float | None) -> Iter
             end()
             here.synchronize()
 
-        runs: Runs = {"products": products}
+        runs: dict[str, Callable[[], Any]] = {"products": products}
         runs |= {f"{name} alone": partial(alone, start) for name, start in jobs.items()}
         runs |= {f"{name} beside": partial(beside, start) for name, start in jobs.items()}
         times = {name: min(seconds) for name, seconds in take_turns(rounds, runs).items()}
