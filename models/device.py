@@ -133,6 +133,11 @@ def set_connections(count: int) -> str:
     return f"{CONNECTIONS}={given}" + ("" if given == str(count) else f" as the environment says, not {count}")
 
 
+def hide_gpus() -> None:
+    """Have this process, which has used no GPU yet, see none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def installed(package: str) -> bool:
     """True when ``package`` can be imported."""
     return importlib.util.find_spec(package) is not None
