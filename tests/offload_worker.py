@@ -77,11 +77,22 @@ class Device:
         if train and str(at) in self.places and run.away is not None:
             for adam in run.away.adams:
                 adam.place(round(len(adam.chunks) * self.places[str(at)]))
-        found = REAL_BATCHES(run, *args, train=train)
-        if train and at in self.short:
-            self.short.remove(at)
-            raise torch.OutOfMemoryError("emulated")
-        return found
+        if not train or at not in self.short:
+            return REAL_BATCHES(run, *args, train=train)
+        self.short.remove(at)
+        passes: list[None] = []
+
+        def second(*_: Any) -> None:
+            passes.append(None)
+            if len(passes) == 2:  # in the forward pass of the second micro-batch
+                raise torch.OutOfMemoryError("emulated")
+
+        norm = next(m for name, m in run.models[0].named_modules() if name.endswith("layers.1.pre_mlp_layernorm"))
+        handle = norm.register_forward_hook(second)
+        try:
+            return REAL_BATCHES(run, *args, train=train)
+        finally:
+            handle.remove()
 
 
 def run_case(case: Any) -> list[dict]:

@@ -78,12 +78,12 @@ def estimate(
 
 def optimizer_bytes(options: TrainOptions, part: Share, world: int) -> int:
     """Moments and master weights of a rank on its device."""
-    each = (MOMENTS + MASTER[options.precision]) * (1 - options.least_offloaded)
-    if not options.use_distributed_optimizer:
-        return round(part.total * each)
-    stage = world // options.pp
-    dense, experts = stage // options.tp, stage // (options.expert_tp * options.ep)
-    return round(part.dense * each / dense + part.experts * each / experts)
+    dense, experts = 1, 1  # ranks that share
+    if options.use_distributed_optimizer:
+        stage = world // options.pp
+        dense, experts = stage // options.tp, stage // (options.expert_tp * options.ep)
+    here = (1 - options.least_offloaded) * (MOMENTS + MASTER[options.precision])
+    return round((part.dense / dense + part.experts / experts) * here) + options.streamed_bytes(part.total)
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,8 @@ def peak_bytes(session: Session, count: int) -> int:
     stage, vocabulary = parallel_state.get_pipeline_model_parallel_rank(), vocab_size(session.hf)
     padded = padded_vocabulary(vocabulary, 1, session.options.tp)
     activations = Activations(session.options, sizes).of_stage(stage, count, padded)
-    return weights + gradients + device_bytes(session.away.adams) + activations
+    streamed = max((adam.engine.device_bytes for adam in session.away.adams), default=0)  # one for all
+    return weights + gradients + device_bytes(session.away.adams) + streamed + activations
 
 
 def forget_step(session: Session) -> None:

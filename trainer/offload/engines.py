@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megapatch.models.link import Copy, Lane
 from megapatch.trainer.offload.chunks import FLOAT_BYTES, ROWS, Chunk, Parts, stride
+from megapatch.trainer.offload.options import AHEAD
 
-AHEAD = 3  # chunks whose gradients, or state, are on their way at once
 CASTS = 2  # chunks whose weights are on their way
 POLL_S = 2e-5
 RESIDENT = -1  # key of a chunk's own memory and gradient; others are those of slots
@@ -61,6 +61,7 @@ class Engine(Protocol):
 
     name: str
     mastered: bool  # fp32 weights have masters in host memory too
+    device_bytes: int  # that it holds on the device
 
     def start(self, chunks: Sequence[Chunk]) -> None:
         """Begin with what the first chunks need; gradients must be final."""
@@ -86,7 +87,7 @@ def finish(copy: Copy) -> None:
 class CpuEngine:
     """Gradients come to the host, its processors run Adam, weights go back: 4 and 2 (bf16) bytes a parameter."""
 
-    name, mastered = "cpu", True
+    name, mastered, device_bytes = "cpu", True, 0
 
     def __init__(self, down: Lane, up: Lane, largest: int, width: int, host: Callable[[int], Tensor]) -> None:
         """``largest`` chunk in elements, with weights of ``width`` bytes; ``host`` gives memory of so many bytes."""
@@ -153,6 +154,7 @@ class StreamEngine:
         """``largest`` chunk in elements."""
         self.down, self.up = down, up
         self.slots = [torch.empty(stride(largest) * len(ROWS), device=device) for _ in range(AHEAD)]
+        self.device_bytes = sum(slot.nbytes for slot in self.slots)
         self.leaving: list[Copy | None] = [None] * AHEAD  # from each of the slots
         self.coming: deque[Copy] = deque()
 

@@ -42,6 +42,11 @@ class Offloading:
         away = sum(chunk.parameters for adam in self.adams for chunk in adam.offloaded)
         return away / max(1, sum(chunk.parameters for adam in self.adams for chunk in adam.chunks))
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of state in host memory."""
+        return host_bytes(self.adams)
+
     def described(self) -> dict[str, Any]:
         """For the log, once."""
         found = {

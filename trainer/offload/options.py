@@ -9,6 +9,7 @@ from megapatch.models.space import count
 AUTO = "auto"
 CHUNKS = {"cpu": 16 << 20, "stream": 4 << 20}  # a call costs less than 1 % of a chunk's Adam; three are on a device
 SMALLEST = 64
+AHEAD = 3  # chunks whose gradients, or state, are on their way at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,12 @@ class OffloadOptions:
     def least_offloaded(self) -> float:
         """The share that is surely offloaded at need: all of it, where it is automatic."""
         return 1.0 if self.offload_optimizer == AUTO else self.offload_fraction or 0.0
+
+    def streamed_bytes(self, parameters: int) -> int:
+        """Bytes on the device for chunks on their way, of a rank of so many parameters, where --offload-engine asks."""
+        if self.offload_optimizer is None or self.offload_engine != "stream":
+            return 0
+        return AHEAD * 3 * 4 * min(parameters, self.offload_chunk or CHUNKS["stream"])
 
     def refuse_offload(self) -> None:
         """ValueError where options do not go together."""
