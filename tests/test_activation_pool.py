@@ -117,8 +117,8 @@ def test_what_is_left_on_the_device_is_what_the_formula_says(flags: str) -> None
             kept.measure()
         loss.backward()
         del loss
-        assert offload.pool.used_bytes == 0  # all came back
-        assert 0 < offload.pool.peak_bytes <= 9 / 8 * offload.out.copied_bytes
+        assert offload.link.pool.used_bytes == 0  # all came back
+        assert 0 < offload.link.pool.peak_bytes <= 9 / 8 * offload.link.out.copied_bytes
     finally:
         parallel.stop()
     found = Activations(options, sizes_of(HF, False))

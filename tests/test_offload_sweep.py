@@ -58,7 +58,7 @@ def test_points_are_the_ways_to_save_memory() -> None:
 
 def test_a_command_is_the_trainer_with_the_points_options_last(tmp_path: Path) -> None:
     point = Point("optimizer", "1", ("--offload-optimizer", "1"))
-    one, two = (Sweep(tmp_path, GIVEN, 4, ranks, 9.0, False).command(point, tmp_path / "s") for ranks in (1, 2))
+    one, two = (Sweep(tmp_path, GIVEN, 4, ranks, 9.0).command(point, tmp_path / "s") for ranks in (1, 2))
     assert one[2] == "megapatch.trainer.pretrain" and two[1:4] == ["-m", "torch.distributed.run", "--standalone"]
     end = [
         "--offload-optimizer",
@@ -84,11 +84,11 @@ def test_a_sweep_goes_on_where_it_stopped_and_failures_lose_nothing(
             "optimizer-1": "interrupt",
         },
     )
-    made = Sweep(tmp_path, GIVEN, 4, 1, 9.0, False)
+    made = Sweep(tmp_path, GIVEN, 4, 1, 9.0)
     wanted = points(["0.5", "1"], [], [])
     with pytest.raises(KeyboardInterrupt):
         list(made.rows(wanted))
-    trainer.logs["optimizer-0.5"] = steps(3.0, 2.0, offload_host_bytes=10 * MIB, offload_fraction=0.5)
+    trainer.logs["optimizer-0.5"] = steps(3.0, 2.0, device_memory_bytes=90 * MIB, offload_fraction=0.5)
     trainer.logs["optimizer-1"] = "Traceback\nRuntimeError: boom\n"
     rows = list(made.rows(wanted))
     assert trainer.ran.count("--offload-optimizer 0") == 1  # it was done
@@ -117,10 +117,10 @@ def test_other_losses_are_a_failure_and_dominated_points_are_named(
 ) -> None:
     logs = {
         "optimizer-0": steps(3.0, 1.0),
-        "optimizer-0.5": steps(3.0, 2.0, offload_host_bytes=20 * MIB, optimizer_s=0.5, offload_exposed_s=0.25),
-        "optimizer-1": steps(3.0, 4.0, offload_host_bytes=40 * MIB),
+        "optimizer-0.5": steps(3.0, 2.0, device_memory_bytes=80 * MIB, optimizer_s=0.5, offload_exposed_s=0.25),
+        "optimizer-1": steps(3.0, 4.0, device_memory_bytes=60 * MIB),
         "recompute-full": steps(3.0, 3.0, peak_memory_bytes=50 * MIB),
-        "activations-2": steps(3.5, 3.0, activations_pool_bytes=5 * MIB, activations_wait_s=0.5),
+        "activations-2": steps(3.5, 3.0, device_memory_bytes=95 * MIB, activations_wait_s=0.5),
     }
     Trainer(monkeypatch, logs)
     words = ["--measure", "sweep", "--output", str(tmp_path / "s"), "--fractions", "0.5", "1", "--activations", "2"]

@@ -20,128 +20,25 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megapatch.models.cli import UserError
 from megapatch.models.device import Device
-from megapatch.models.link import Buffer, Copy, Lane, Pool, lanes
+from megapatch.models.link import Pool, lanes
 from megapatch.models.load import unwrapped
 from megapatch.trainer.activation_options import PARTS, UNDER_WAY
+from megapatch.trainer.activation_storage import Group, Link, Saved, Stored
 from megapatch.trainer.options import TrainOptions
-
-Place = tuple[Any, torch.Size, tuple[int, ...]]  # offset, shape, strides
-
-
-class Stored:
-    """One storage: on the device, in host memory, or on its way."""
-
-    def __init__(self, offload: "Offload", storage: torch.UntypedStorage) -> None:
-        self.offload, self.device = offload, storage.device
-        self.storage: torch.UntypedStorage | None = storage
-        self.nbytes = storage.nbytes()
-        self.buffer: Buffer = offload.pool.take(self.nbytes)
-        self.out: Copy = offload.out.copy(self.host, _bytes(storage), self.buffer.last)
-        self.back: Copy | None = None
-        self.arrived = False
-
-    @property
-    def host(self) -> Tensor:
-        """Its place in host memory [nbytes]."""
-        return self.buffer.memory[: self.nbytes]
-
-    def leave(self) -> None:
-        """Free it on the device: what is computed from now on comes after the copy."""
-        self.offload.out.wait(self.out)
-        self.storage = None
-
-    def fetch(self) -> None:
-        """Start to bring it back, unless it is there or on its way."""
-        if self.storage is None:
-            target = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
-            self.storage = target.untyped_storage()
-            self.back = self.offload.back.copy(target, self.host, self.out)
-
-    def here(self) -> torch.UntypedStorage:
-        """The storage on the device, whose content is there for what is computed from now on."""
-        self.fetch()
-        assert self.storage is not None
-        if self.back is not None and not self.arrived:
-            self.offload.back.wait(self.back)
-            self.arrived = True
-        return self.storage
-
-    def __del__(self) -> None:
-        last = self.back or self.out
-        last.drop()
-        self.buffer.last = last
-        self.offload.pool.give(self.buffer)
-
-
-class Saved:
-    """What autograd holds in the place of a tensor."""
-
-    def __init__(self, tensor: Tensor, group: "Group | None") -> None:
-        self.tensor = tensor.detach()  # another name for it, or what a function saves of its own output is never freed
-        self.version = tensor._version
-        self.group = group
-        self.stored: Stored | None = None
-
-    @property
-    def place(self) -> Place:
-        """Where the tensor lies in its storage."""
-        return self.tensor.storage_offset(), self.tensor.shape, self.tensor.stride()
-
-    def move(self, stored: Stored, spread: int = 0) -> None:
-        """Hold a place in a storage instead of a tensor; or its elements alone, of a storage of ``spread`` bytes."""
-        self.moved_from, self.spread = self.place, spread
-        self.tensor, self.stored = self.tensor.new_empty(0), stored
-
-    def get(self) -> Tensor:
-        """The tensor, on the device."""
-        if self.group is not None:
-            self.group.used()
-        if self.stored is None:
-            return self.tensor
-        storage = self.stored.here()
-        if not self.spread:
-            return self.tensor.new_empty(0).set_(storage, *self.moved_from)
-        whole = torch.empty(self.spread, dtype=torch.uint8, device=self.tensor.device).untyped_storage()
-        found = self.tensor.new_empty(0).set_(whole, *self.moved_from)  # strides as they were: kernels depend on them
-        alone = torch.empty(0, dtype=torch.uint8, device=found.device).set_(storage)
-        return found.copy_(alone.view(found.dtype).view(found.shape))
-
-
-class Group:
-    """What one layer saved in one forward pass; ``before`` is the layer whose backward pass comes next."""
-
-    def __init__(self, before: "Group | None") -> None:
-        self.before = before
-        self.collected: list[Saved] = []
-        self.stored: list[weakref.ref[Stored]] = []
-        self.first_use = True
-
-    def alive(self) -> Iterator[Stored]:
-        """What somebody still needs."""
-        return (stored for reference in self.stored if (stored := reference()) is not None)
-
-    def used(self) -> None:
-        """At the first use of anything: send for all, and for what the next layer will need."""
-        if self.first_use:
-            self.first_use = False
-            for group in (self, self.before):
-                for stored in group.alive() if group else ():
-                    stored.fetch()
-            self.before = None
 
 
 class Offload:
     """Sends what layers save to host memory and brings it back; one for all chunks of a process."""
 
-    def __init__(self, lanes: Sequence[Lane], pool: Pool, resident: Iterable[Tensor], min_bytes: int) -> None:
-        """``lanes`` out and back; ``resident`` tensors, parameters above all, and views of them stay."""
-        self.out, self.back = lanes
-        self.pool, self.min_bytes = pool, max(min_bytes, 1)
+    def __init__(self, link: Link, resident: Iterable[Tensor], min_bytes: int) -> None:
+        """``resident`` tensors, parameters above all, and views of them stay."""
+        self.link, self.min_bytes = link, max(min_bytes, 1)
         self.resident = {tensor.untyped_storage().data_ptr() for tensor in resident}
         self.under_way: deque[Group] = deque()
         self.group: Group | None = None
         self.inside, self.passing = False, False
         self.shared: set[int] = set()  # storages that a block's caller holds
+        self.fetched: Callable[[], None] = lambda: None  # called when a layer's activations were sent for
 
     def attach(self, block: Any, chosen: Iterable[int], modules: Sequence[str]) -> None:
         """Watch a TransformerBlock; ``chosen`` of its layers send what they, or these modules of theirs, save."""
@@ -171,7 +68,7 @@ class Offload:
         """A layer's forward pass; what is saved after it, as by a function that computes it again, is its too."""
         if self.passing:  # not when it is computed again
             self._send()
-            self.group, self.inside = Group(self.group), whole
+            self.group, self.inside = Group(self.group, self.fetched), whole
         yield
 
     @contextmanager
@@ -212,12 +109,12 @@ class Offload:
         """Move tensors that share a storage: all of it, or each view alone where they are the lesser part of it."""
         storage, views = members[0].tensor.untyped_storage(), {saved.place: saved.tensor for saved in members}
         if storage.nbytes() <= 2 * sum(view.nbytes for view in views.values()):
-            whole = Stored(self, storage)
+            whole = Stored(self.link, storage)
             for saved in members:
                 saved.move(whole)
             return [whole]
         pieces = {
-            place: Stored(self, view.clone(memory_format=torch.contiguous_format).untyped_storage())
+            place: Stored(self.link, view.clone(memory_format=torch.contiguous_format).untyped_storage())
             for place, view in views.items()
             if view.nbytes >= self.min_bytes
         }
@@ -229,12 +126,12 @@ class Offload:
     def measures(self) -> dict[str, int | float]:
         """For the log: bytes moved and seconds waited since this was asked last, and the most host memory in use."""
         found = {
-            "activations_out_bytes": self.out.copied_bytes,
-            "activations_back_bytes": self.back.copied_bytes,
-            "activations_pool_bytes": self.pool.peak_bytes,
-            "activations_wait_s": self.out.waited_s() + self.back.waited_s(),
+            "activations_out_bytes": self.link.out.copied_bytes,
+            "activations_back_bytes": self.link.back.copied_bytes,
+            "activations_pool_bytes": self.link.pool.peak_bytes,
+            "activations_wait_s": self.link.out.waited_s() + self.link.back.waited_s(),
         }
-        self.out.copied_bytes = self.back.copied_bytes = 0
+        self.link.out.copied_bytes = self.link.back.copied_bytes = 0
         return found
 
     def most(self, device: torch.device) -> dict[str, float]:
@@ -257,8 +154,9 @@ def start(options: TrainOptions, device: Device, models: Sequence[Any]) -> Offlo
         raise UserError("--offload-link-gb-per-s: a GPU has a link of its own; leave it away")
     resident = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     parts = [PARTS[name] for name in options.offload_activation_modules]
-    pool = Pool(device.host_memory)
-    offload = Offload(lanes(where, rate and rate * 1e9), pool, resident, options.offload_activation_min_kib << 10)
+    out, back = lanes(where, rate and rate * 1e9)
+    link = Link(out, back, Pool(device.host_memory))
+    offload = Offload(link, resident, options.offload_activation_min_kib << 10)
     for block in (unwrapped(model).decoder for model in models):
         layers = [layer.layer_number - 1 for layer in block.layers]
         offload.attach(block, [layers.index(number) for number in options.offloaded(layers)], parts)
@@ -292,8 +190,3 @@ def _can_go(members: Sequence[Saved]) -> bool:
 
 def _ended(group: Group) -> bool:
     return all(stored.out.done() for stored in group.alive())
-
-
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    """A storage as bytes [n]."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

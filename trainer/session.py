@@ -20,9 +20,10 @@ from megapatch.models.device import Device, seed_everything
 from megapatch.models.family import HfConfig, find
 from megapatch.models.held import plain
 from megapatch.models.layers import backends, spec
-from megapatch.models.load import load_weights
+from megapatch.models.load import load_weights, unwrapped
 from megapatch.models.shapes import num_parameters
 from megapatch.trainer import activations, adapters, experts, optimizer_state
+from megapatch.trainer.held_memory import HeldPeak
 from megapatch.trainer.offload import offloading
 from megapatch.trainer.offload.parts import without_masters
 from megapatch.trainer.options import TrainOptions
@@ -48,6 +49,7 @@ class Session:
     updates: int = 0  # steps that changed the parameters: the others had numbers that are not finite
     base: adapters.Base | None = None  # with --lora-rank: the weights that the adapters are for
     aside: activations.Offload | None = None  # with --offload-activations
+    held: HeldPeak | None = None  # on a CPU with something in host memory
     away: offloading.Offloading | None = None  # with --offload-optimizer
 
     @property
@@ -90,7 +92,22 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
     _connect(config, chunks, optimizer, options)
     aside = activations.start(options, device, models)  # when the weights are where they stay
     schedule = _schedule(options, optimizer)
-    return Session(options, device, hf, config, chunks, optimizer, schedule, base=base, aside=aside, away=away)
+    held = _held(models, aside, away) if device.kind == "cpu" and (aside or away) else None
+    return Session(
+        options, device, hf, config, chunks, optimizer, schedule, base=base, aside=aside, held=held, away=away
+    )
+
+
+def _held(
+    models: list[torch.nn.Module], aside: activations.Offload | None, away: offloading.Offloading | None
+) -> HeldPeak:
+    """Have the layers tell how much the device, of which a CPU does the work, would hold."""
+    arenas = [aside.link.pool] if aside else []
+    found = HeldPeak(lambda: sum(pool.held_bytes for pool in arenas) + (away.host_bytes if away else 0))
+    found.watch([layer for model in models for layer in unwrapped(model).decoder.layers])
+    if aside:
+        aside.fetched = found.note
+    return found
 
 
 def _tell_attention(choice: backends.Choice) -> None:

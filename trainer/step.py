@@ -97,6 +97,8 @@ def train_step(session: Session, batches: Batches, count: int) -> StepResult:
     extra |= experts.load(session.config, session.models, session.device.torch)
     if session.aside:
         extra |= session.aside.most(session.device.torch)
+    if session.held:
+        extra |= session.held.measures()
     if session.away:
         extra |= session.away.measures()
     return StepResult(loss, norm, round(tokens), extra | _prediction_losses(session, count))

@@ -231,7 +231,7 @@ def _sweep(options: Options, given: Sequence[str]) -> Iterator[dict[str, Any]]:
 
     assert options.output is not None
     link = ["--offload-link-gb-per-s", f"{options.link_gb_per_s:g}"] if options.link_gb_per_s else []
-    sweep = Sweep(options.output, (*given, *link), options.steps, options.ranks, options.timeout_s, bool(gpu_name()))
+    sweep = Sweep(options.output, (*given, *link), options.steps, options.ranks, options.timeout_s)
     memory, fractions = options.device_memory_gib, options.fractions
     if memory is None and not gpu_name() and "auto" in fractions:
         log.info("no point auto: on a CPU nothing says what is to fit (--device-memory-gib)")

@@ -62,7 +62,6 @@ class Sweep:
     steps: int
     ranks: int
     timeout_s: float
-    on_gpu: bool
 
     @property
     def results(self) -> Path:
@@ -121,8 +120,7 @@ class Sweep:
                 return row
             records = [json.loads(line) for line in (save / "log.jsonl").read_text().splitlines()]
             found = measured([record for record in records if record["event"] == "train"])
-            shared = 0 if self.on_gpu else found["host_bytes"]  # a CPU's peak counts both memories
-            return row | found | {"device_bytes": found["peak_memory_bytes"] - shared}
+            return row | found
         except subprocess.TimeoutExpired:
             return row | {"error": f"took more than {self.timeout_s:g} s (--timeout-s)"}
         finally:
@@ -149,6 +147,7 @@ def measured(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     numbers = [value for step in steps for value in (step["loss"], step["grad_norm"] or float("nan"))]
     return {
         "steps": len(steps),
+        "device_bytes": last.get("device_memory_bytes", peak),  # on a CPU, whose peak counts both memories
         "peak_memory_bytes": peak,
         "host_bytes": host,
         "fraction": last.get("offload_fraction", 0.0),
