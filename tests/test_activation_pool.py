@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from kept import Kept
 from megapatch.models import device, parallel
 from megapatch.models.cli import UserError, parser
 from megapatch.models.link import Pool, ThreadLane, rounded
+from megapatch.models.space import DoesNotFit
 from megapatch.trainer.activation_options import UNDER_WAY
 from megapatch.trainer.options import PretrainOptions
 
@@ -23,6 +26,7 @@ from megapatch.trainer.memory import Activations  # noqa: E402
 
 BASE = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "head_dim": 32}
 BASE |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
+SIZE = "--offload-activation-min-kib 64 --seq-length 512 --micro-batch-size 2 --precision bf16"
 HF = {"model_type": "llama", "tie_word_embeddings": False, **BASE}
 
 
@@ -89,6 +93,30 @@ def test_nothing_is_freed_or_used_again_before_its_copy_has_ended() -> None:
     assert set(again.memory.tolist()) == {2}
 
 
+@contextmanager
+def built(options: Any) -> Iterator[tuple[torch.nn.Module, activations.Offload]]:
+    """A model whose activations go where the options say."""
+    parallel.start(options, CPU)
+    try:
+        device.seed_everything(1, 0)
+        further = options.recompute_config({}, own_layer=False, engine=False) | {"calculate_per_token_loss": True}
+        net = build(HF, ModelOptions(options, CPU, "bf16", 512, further))[0].train()
+        offload = activations.start(options, CPU, [net])
+        assert offload is not None
+        yield net, offload
+    finally:
+        parallel.stop()
+
+
+def test_too_little_host_memory_is_told_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "free_bytes", lambda: 10 << 20)
+    ids = torch.arange(512).expand(2, 512).contiguous()
+    with built(parse(f"--offload-activations 2 {SIZE}")) as (net, _), pytest.raises(DoesNotFit) as error:
+        net(ids, ids, None, labels=ids)
+    assert error.value.status == 3
+    assert str(error.value).startswith("--offload-activations: 256MiB more of host memory are needed, 10MiB are free")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -101,14 +129,8 @@ def test_nothing_is_freed_or_used_again_before_its_copy_has_ended() -> None:
 )
 def test_what_is_left_on_the_device_is_what_the_formula_says(flags: str) -> None:
     """Within a twentieth, as without offloading."""
-    options = parse(f"{flags} --offload-activation-min-kib 64 --seq-length 512 --micro-batch-size 2 --precision bf16")
-    parallel.start(options, CPU)
-    try:
-        device.seed_everything(1, 0)
-        further = options.recompute_config({}, own_layer=False, engine=False) | {"calculate_per_token_loss": True}
-        net = build(HF, ModelOptions(options, CPU, "bf16", 512, further))[0].train()
-        offload = activations.start(options, CPU, [net])
-        assert offload is not None
+    options = parse(f"{flags} {SIZE}")
+    with built(options) as (net, offload):
         kept = Kept(net.parameters())
         kept.watch_offload(offload)
         ids = torch.arange(512).expand(2, 512).contiguous()
@@ -119,8 +141,6 @@ def test_what_is_left_on_the_device_is_what_the_formula_says(flags: str) -> None
         del loss
         assert offload.link.pool.used_bytes == 0  # all came back
         assert 0 < offload.link.pool.peak_bytes <= 9 / 8 * offload.link.out.copied_bytes
-    finally:
-        parallel.stop()
     found = Activations(options, sizes_of(HF, False))
     moved = [found.moved(layer, layer, range(6)) for layer in range(6)]
     again = max(sum(found.parts(layer).values()) for layer in range(6)) if options.recompute == "full" else 0

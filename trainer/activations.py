@@ -22,6 +22,7 @@ from megapatch.models.cli import UserError
 from megapatch.models.device import Device
 from megapatch.models.link import Pool, lanes
 from megapatch.models.load import unwrapped
+from megapatch.models.space import DoesNotFit, free_bytes, short
 from megapatch.trainer.activation_options import PARTS, UNDER_WAY
 from megapatch.trainer.activation_storage import Group, Link, Saved, Stored
 from megapatch.trainer.options import TrainOptions
@@ -155,12 +156,22 @@ def start(options: TrainOptions, device: Device, models: Sequence[Any]) -> Offlo
     resident = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     parts = [PARTS[name] for name in options.offload_activation_modules]
     out, back = lanes(where, rate and rate * 1e9)
-    link = Link(out, back, Pool(device.host_memory))
+    link = Link(out, back, Pool(partial(_host_memory, device)))
     offload = Offload(link, resident, options.offload_activation_min_kib << 10)
     for block in (unwrapped(model).decoder for model in models):
         layers = [layer.layer_number - 1 for layer in block.layers]
         offload.attach(block, [layers.index(number) for number in options.offloaded(layers)], parts)
     return offload
+
+
+def _host_memory(device: Device, nbytes: int) -> Tensor:
+    """Host memory [nbytes]; DoesNotFit where there is not so much."""
+    if nbytes > (free := free_bytes()):
+        raise DoesNotFit(
+            f"--offload-activations: {short(nbytes)}B more of host memory are needed, {short(free)}B are free (cgroup "
+            "limits counted); name fewer layers, or --offload-activation-modules"
+        )
+    return device.host_memory(nbytes)
 
 
 def _around(module: Any, context: Callable[[], Any]) -> None:
