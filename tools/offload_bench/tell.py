@@ -163,19 +163,16 @@ def _overlap_meaning(rows: Iterable[Row]) -> Iterable[str]:
 
 def _sweep_meaning(rows: Sequence[Row]) -> Iterable[str]:
     found = [row for row in rows if row["part"] == "sweep"]
-    good = [row for row in found if "error" not in row]
-    if good and "error" not in found[0]:
-        base = found[0]
-        for row in good[1:]:
-            if row["dominated"] is None and row["device_bytes"] < base["device_bytes"]:
-                saved, slower = (
-                    base["device_bytes"] - row["device_bytes"],
-                    1 - row["tokens_per_s"] / base["tokens_per_s"],
-                )
-                yield f"{' '.join(row['flags'])}: saves {short(saved)}B of the device, {slower:.0%} fewer tokens/s."
-    for row in good:
+    if not found or "error" in found[0]:
+        return
+    base = found[0]
+    for row in (row for row in found if "error" not in row):
+        if row["dominated"] is None and row["device_bytes"] < base["device_bytes"]:
+            saved, rate = base["device_bytes"] - row["device_bytes"], row["tokens_per_s"] / base["tokens_per_s"]
+            change = f"{1 - rate:.0%} fewer" if rate < 1 else f"{rate - 1:.0%} more"
+            yield f"{' '.join(row['flags'])}: saves {short(saved)}B of the device, {change} tokens/s."
         if row["same_loss"] is False:
-            yield f"{row['point']}: its losses are not those of {found[0]['point']}."
+            yield f"{row['point']}: its losses are not those of {base['point']}."
 
 
 def _scaling(fused: Sequence[Row], best: Row) -> Iterable[str]:
