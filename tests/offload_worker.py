@@ -1,8 +1,8 @@
 """Trains as tests/train_worker.py does, from the cases of a test of offloading.
 
 A case may also have: "place" {step: fraction of chunks on the host from there on}; "extra" a dtype: a parameter of it
-that has a gradient, beside one that has none; "out of memory" steps at which the device has none left, each once;
-"host bytes": so much host memory is free.
+that has a gradient, beside one that has none; "out of memory" steps at which the device has none left, each once, of
+one "rank" if given, "late": when gradients were reduced; "host bytes": so much host memory is free.
 "digest" of every step is over what a checkpoint would hold, so that it does not depend on where state lies.
 """
 
@@ -21,7 +21,7 @@ from megapatch.trainer import adapters, checkpoint, step
 from megapatch.trainer.offload import offloading
 from megapatch.trainer.session import Session
 
-REAL_ADD, REAL_RUN, REAL_BATCHES = adapters.add, train_worker.run_case, step.run_batches
+REAL_ADD, REAL_RUN, REAL_BATCHES, REAL_UPDATE = adapters.add, train_worker.run_case, step.run_batches, step.update
 
 
 def digest(run: Session) -> str:
@@ -70,6 +70,7 @@ class Device:
     """A device that has no memory left at some steps, each once; and chunks that move."""
 
     def __init__(self, case: dict) -> None:
+        self.rank, self.late = case.get("rank"), case.get("late", False)
         self.short, self.places = list(case.get("out of memory", [])), case.get("place", {})
 
     def run(self, run: Session, *args: Any, train: bool) -> Any:
@@ -77,7 +78,7 @@ class Device:
         if train and str(at) in self.places and run.away is not None:
             for adam in run.away.adams:
                 adam.place(round(len(adam.chunks) * self.places[str(at)]))
-        if not train or at not in self.short:
+        if not train or self.late or at not in self.short or self.rank not in (None, torch.distributed.get_rank()):
             return REAL_BATCHES(run, *args, train=train)
         self.short.remove(at)
         passes: list[None] = []
@@ -94,6 +95,12 @@ class Device:
         finally:
             handle.remove()
 
+    def update(self, run: Session) -> float | None:
+        if self.late and run.step + 1 in self.short:
+            self.short.remove(run.step + 1)
+            raise torch.OutOfMemoryError("emulated")
+        return REAL_UPDATE(run)
+
 
 def run_case(case: Any) -> list[dict]:
     case = case if isinstance(case, dict) else {"arguments": case}
@@ -103,6 +110,7 @@ def run_case(case: Any) -> list[dict]:
         mock.patch.object(offloading, "free_bytes", **free),
         mock.patch.object(train_worker, "state_digest", weights if case.get("digests") == "weights" else digest),
         mock.patch.object(step, "run_batches", device.run),
+        mock.patch.object(step, "update", device.update),
         with_extra(case["extra"]) if "extra" in case else nullcontext(),
     ):
         return REAL_RUN(case)

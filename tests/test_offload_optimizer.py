@@ -147,7 +147,6 @@ def runs(folder: Path) -> dict[str, list[dict]]:
     for name, (gib, _, _) in AUTO.items():
         one[name] = case(f"dense {name}", f"{KINDS['distributed bf16']} {CPU} auto --device-memory-gib {gib}", {}, name)
     for name, (options, before, _) in RESUMED.items():
-        one[f"{name}, whole"] = case("dense", options, {}, f"{name} whole")
         one[f"{name}, first"] = case("dense", f"{options} {before}", SIGNAL, name)
     one["asynchronous"] = case("dense", f"{ASYNC} {CPU} 0.65", {}, "asynchronous")
     one["asynchronous, not offloaded"] = case("dense", ASYNC, {}, "asynchronous plain")
@@ -161,6 +160,8 @@ def runs(folder: Path) -> dict[str, list[dict]]:
     two["short of memory in the middle"] = case(
         "dense", f"--tp 2 {CPU} auto --device-memory-gib 0.01", {"out of memory": [3]}, "short in the middle"
     )
+    two["one of two short"] = case("dense", SHORT, {"out of memory": [3], "rank": 1}, "one of two short")
+    two["short of memory in the update"] = case("dense", SHORT, {"out of memory": [3], "late": True}, "late")
     for name, options in (("of two", ""), ("of two, offloaded", f"{CPU} 0.65")):
         two[name] = case("dense", f"{KINDS['distributed bf16']} {options}", SIGNAL, name)
     first = launch(1, one, folder, "offload_worker.py") | launch(2, two, folder, "offload_worker.py")
@@ -259,11 +260,21 @@ def test_a_step_that_finds_no_memory_sends_state_away_and_is_done_again(
     assert moves[-1]["fraction_before"] == 0 and 0.45 <= moves[-1]["fraction"] < 0.6
 
 
+def test_one_data_parallel_rank_does_its_part_again_while_the_others_wait(
+    runs: dict[str, list[dict]], folder: Path
+) -> None:
+    found, plain = runs["one of two short"], runs[base(2, "dense DP2")]
+    assert (steps(found), digests(found)) == (steps(plain), digests(plain))
+    moves = events(log_of(folder / "runs" / "one of two short"), "offload")
+    assert [(m["reason"], m["step"], m.get("rank")) for m in moves][1:] == [("room", 1, 0), ("out of memory", 3, 1)]
+
+
 REFUSED = {
     "short again": "step 3 found no memory on the device (peak 1.14MiB), and a second time: emulated; use more",
     "short of memory in the middle": "ranks speak within a step (--tp, --pp, --cp, --ep, --overlap-grad-reduce)",
+    "short of memory in the update": "step 3 found no memory on the device (peak 1.546MiB), in the middle of the update",
     "no limit known": "--offload-optimizer auto: on a CPU it needs --device-memory-gib",
-    "small host": "--offload-optimizer 0.65: 1 process on this node need 537.3KiB of host memory, 390.6KiB are free "
+    "small host": "--offload-optimizer 0.65: this process needs 537.3KiB of host memory, 390.6KiB are free "
     "(cgroup limits counted); at most 0.46 of the optimizer's state fits",
 }
 
@@ -282,8 +293,9 @@ def test_auto_begins_with_what_fits_in_host_memory(runs: dict[str, list[dict]]) 
 def test_a_run_goes_on_at_another_fraction_to_the_bit(runs: dict[str, list[dict]], name: str) -> None:
     parts = [runs[f"{name}, first"], runs[f"{name}, rest"]]
     assert [len(steps(part)) for part in parts] == [2, 2]
-    assert steps(*parts) == steps(runs[f"{name}, whole"])
-    assert [pair for part in parts for pair in digests(part)] == digests(runs[f"{name}, whole"])
+    whole = runs[f"dense 1 {RESUMED[name][0]} None, not offloaded"]
+    assert steps(*parts) == steps(whole)
+    assert [pair for part in parts for pair in digests(part)] == digests(whole)
 
 
 def test_a_run_goes_on_at_another_number_of_ranks_to_the_bit(runs: dict[str, list[dict]]) -> None:
@@ -324,3 +336,25 @@ def test_bad_input_is_one_line(
     except SystemExit as usage:
         ended = int(usage.code or 0)
     assert ended == status and told in capfd.readouterr().err
+
+
+def test_too_little_host_memory_ends_the_run_with_3_and_one_line(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megapatch.trainer.offload import offloading
+
+    monkeypatch.setattr(offloading, "free_bytes", lambda: 400_000)
+    assert main(arguments(folder, "dense", "runs/no room", f"{CPU} 0.65")) == 3
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("mp-pretrain: error: --offload-optimizer 0.65: this process needs 537.3KiB of host memory")
+
+
+@pytest.mark.parametrize(
+    ("offload", "share"), [("", 1), ("--offload-optimizer 0.25", 0.75), ("--offload-optimizer 1", 0)]
+)
+def test_a_plan_counts_what_stays_on_the_device(
+    folder: Path, capfd: pytest.CaptureFixture[str], offload: str, share: float
+) -> None:
+    assert main(arguments(folder, "dense", "runs/planned", f"{KINDS['bf16']} {offload} --dry-run")) == 0
+    (stage,) = json.loads(capfd.readouterr().out)["memory"]
+    assert stage["optimizer_bytes"] == 65920 * 12 * share

@@ -33,6 +33,7 @@ from megapatch.trainer.step import Batches, StepResult, train_step
 
 log = logging.getLogger(__name__)
 GIB = 2**30
+SHORT = "out of memory"
 BAND = 0.02  # of the budget, in which nothing moves
 
 
@@ -41,6 +42,7 @@ class Move:
     """What a review came to on a rank."""
 
     stage: int
+    rank: int
     reason: str
     before: float  # fraction on the host
     after: float
@@ -58,6 +60,7 @@ class Fitting:
         self.away = session.away
         self.follows = session.options.offload_optimizer == AUTO
         self.full = False  # it once found no memory: nothing comes back
+        self.made: list[Move] = []  # by this rank alone, not yet in the log
         if self.away is None:
             return
         self.records.write("offload", step=session.step, reason="start", **self.away.described())
@@ -66,6 +69,17 @@ class Fitting:
         if self.follows:
             with together():
                 self.budget_bytes = budget_bytes(session)
+            self._watch_reductions(session.config)
+
+    def _watch_reductions(self, config: Any) -> None:
+        """Note when gradients of a step are reduced, which all ranks must do as often."""
+        reduce, self.reduced = config.finalize_model_grads_func, False
+
+        def noted(*args: Any, **words: Any) -> None:
+            self.reduced = True
+            reduce(*args, **words)
+
+        config.finalize_model_grads_func = noted
 
     def train_step(self, batches: Callable[[], Batches]) -> StepResult:
         """One optimizer step on fresh batches; every rank must call."""
@@ -73,6 +87,7 @@ class Fitting:
             return train_step(self.session, batches(), self.count)
         device = self.session.device
         device.forget_peak()
+        self.reduced = False
         generators, updates = device.generator_state(), self._updates()
         result: StepResult | None = None
         try:
@@ -81,6 +96,7 @@ class Fitting:
             self._refuse_again(error, updates)
         if result is None:  # what the failed step held is free by now
             self._make_room()
+            device.forget_peak()
             device.set_generator_state(generators)
             forget_step(self.session)
             try:
@@ -102,7 +118,7 @@ class Fitting:
             why = "ranks speak within a step (--tp, --pp, --cp, --ep, --overlap-grad-reduce): it is not done again"
             raise self._does_not_fit(f"{why}; {_line(error)}") from error
         assert self.away is not None
-        if updates != self._updates():
+        if updates != self._updates() or (self.reduced and torch.distributed.get_world_size() > 1):
             raise self._does_not_fit(f"in the middle of the update; {_line(error)}") from error
         if not device_bytes(self.away.adams):
             raise self._does_not_fit(f"and no optimizer state is left there; {_line(error)}") from error
@@ -121,11 +137,13 @@ class Fitting:
         peak = peak_bytes(self.session, self.count)
         moved = leave(self.away.adams, -(-device_bytes(self.away.adams) // 2))
         self.session.device.free_cached()
-        at = parallel_state.get_pipeline_model_parallel_rank()
-        move = Move(at, "out of memory", before, self.away.fraction, moved, peak, self.budget_bytes)
-        self._tell(move)  # by this rank alone: the others do not know
-        if not first():
-            log.warning("rank %d: %s", torch.distributed.get_rank(), _sentence(move))
+        self.made = [self._move(SHORT, before, moved, peak)]  # for the log, which others write: after the step
+        log.warning("rank %d: step %d: %s", self.made[0].rank, self.session.step + 1, _sentence(self.made[0]))
+
+    def _move(self, reason: str, before: float, moved: int, peak: int) -> Move:
+        assert self.away is not None
+        stage, rank = parallel_state.get_pipeline_model_parallel_rank(), torch.distributed.get_rank()
+        return Move(stage, rank, reason, before, self.away.fraction, moved, peak, self.budget_bytes)
 
     def _review(self) -> None:
         """Hold the step's peak against the budget, and move what is to move (every rank must call)."""
@@ -140,24 +158,30 @@ class Fitting:
             moved, reason = leave(self.away.adams, -room), "over budget"
         elif not full and room > (band := round(BAND * self.budget_bytes)):
             moved = come_back(self.away.adams, room - band)
-        told = torch.tensor(moved, device=session.device.torch)
+        mine = [*self.made, *([self._move(reason, before, moved, most)] if moved else [])]
+        self.made = []
+        told = torch.tensor(len(mine), device=session.device.torch)
         torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
         if not told:
             return
-        at = parallel_state.get_pipeline_model_parallel_rank()
-        mine = Move(at, reason, before, self.away.fraction, moved, most, self.budget_bytes)
         found: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(found, mine)
-        for stage in sorted({move.stage for move in found}):
-            move = max((m for m in found if m.stage == stage), key=lambda m: m.moved_bytes)
-            if move.moved_bytes:
+        seen: set[tuple[int, str]] = set()
+        for move in (move for moves in found for move in moves):
+            alone = move.reason == SHORT  # of this rank; others are of all ranks of a stage
+            if alone or (move.stage, move.reason) not in seen:
                 self._tell(move)
+            seen.add((move.stage, move.reason))
 
     def _tell(self, move: Move) -> None:
-        about = {name: getattr(move, name) for name in ("stage", "reason", "moved_bytes", "peak_bytes", "budget_bytes")}
+        about = {
+            name: getattr(move, name)
+            for name in ("stage", "rank", "reason", "moved_bytes", "peak_bytes", "budget_bytes")
+        }
         fractions = {"fraction_before": move.before, "fraction": move.after}
         self.records.write("offload", step=self.session.step + 1, **about, **fractions)
-        warn(log, "step %d: %s", self.session.step + 1, _sentence(move))
+        if move.reason != SHORT:  # of which its rank told at once
+            warn(log, "step %d: %s", self.session.step + 1, _sentence(move))
 
 
 def _sentence(move: Move) -> str:

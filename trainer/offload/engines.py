@@ -62,6 +62,7 @@ class Engine(Protocol):
     name: str
     mastered: bool  # fp32 weights have masters in host memory too
     device_bytes: int  # that it holds on the device
+    host_bytes: int  # and in host memory
 
     def start(self, chunks: Sequence[Chunk]) -> None:
         """Begin with what the first chunks need; gradients must be final."""
@@ -93,6 +94,7 @@ class CpuEngine:
         """``largest`` chunk in elements, with weights of ``width`` bytes; ``host`` gives memory of so many bytes."""
         self.down, self.up = down, up
         memory = host(self.staged_bytes(largest, width))
+        self.host_bytes = memory.nbytes
         gradients, casts = memory.split([AHEAD * largest * FLOAT_BYTES, memory.numel() - AHEAD * largest * FLOAT_BYTES])
         self.gradients = gradients.view(torch.float32).chunk(AHEAD)
         self.casts = casts.chunk(CASTS) if casts.numel() else ()
@@ -124,9 +126,11 @@ class CpuEngine:
             watch.lap("adam_s")
             if at + AHEAD < len(chunks):
                 self._fetch(chunks[at + AHEAD], at + AHEAD)
-            copies = self._send(chunk, at)
-            self.sent[at % CASTS] = copies
-            sent += copies
+            for copy in self.sent[at % CASTS]:
+                finish(copy)
+            watch.lap("h2d_wait_s")
+            self.sent[at % CASTS] = self._send(chunk, at)
+            sent += self.sent[at % CASTS]
             watch.lap("cast_s")
         for copy in sent:
             finish(copy)
@@ -139,8 +143,6 @@ class CpuEngine:
         master = chunk.row("master")
         if chunk.native:
             return [self.up.copy(view, master[start:stop]) for view, start, stop in chunk.targets]
-        for copy in self.sent[at % CASTS]:
-            finish(copy)
         cast = self.casts[at % CASTS].view(chunk.views[0].dtype)[: chunk.numel].copy_(master)
         return [self.up.copy(view, cast[start:stop]) for view, start, stop in chunk.targets]
 
@@ -148,7 +150,7 @@ class CpuEngine:
 class StreamEngine:
     """State comes to the device chunk by chunk and goes back: 12 bytes a parameter each way, 8 of fp32 weights."""
 
-    name, mastered = "stream", False
+    name, mastered, host_bytes = "stream", False, 0
 
     def __init__(self, down: Lane, up: Lane, largest: int, device: torch.device) -> None:
         """``largest`` chunk in elements."""

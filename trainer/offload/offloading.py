@@ -20,7 +20,8 @@ from megapatch.trainer.offload.places import shards
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import together
 
-SPENT = ("adam_s", "d2h_wait_s", "h2d_wait_s", "exposed_s")
+LEAST, DEPTH = 1 << 20, 16  # elements of a chunk; chunks of a rank
+SPENT = ("adam_s", "cast_s", "d2h_wait_s", "h2d_wait_s", "exposed_s")
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Offloading:
     down: Lane
     up: Lane
     engine: str
+    chunk: int  # elements
     measured: Measured | None  # with --offload-engine auto
     counted: tuple[int, int] = (0, 0)  # bytes that the lanes had copied when it was told last
 
@@ -44,15 +46,16 @@ class Offloading:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of state in host memory."""
-        return host_bytes(self.adams)
+        """Bytes of host memory that are taken: places of chunks, wherever they are now, and what is staged."""
+        staged = max((adam.engine.host_bytes for adam in self.adams), default=0)  # one engine for all
+        return staged + sum(chunk.slot.nbytes for adam in self.adams for chunk in adam.chunks if chunk.slot is not None)
 
     def described(self) -> dict[str, Any]:
         """For the log, once."""
         found = {
             "engine": self.engine,
             "fraction": self.fraction,
-            "chunk": self.options.offload_chunk or CHUNKS[self.engine],
+            "chunk": self.chunk,
         }
         found |= {"host_bytes": host_bytes(self.adams), "device_bytes": device_bytes(self.adams)}
         return found | (described(self.measured) if self.measured else {})
@@ -85,7 +88,7 @@ def start(options: TrainOptions, device: Device, optimizer: Any, wrapped: list[A
         measure(device, down, up, options.offload_chunk or MOST, width) if options.offload_engine == AUTO else None
     )
     name = measured.best if measured else options.offload_engine
-    chunk = options.offload_chunk or CHUNKS[name]
+    chunk = options.offload_chunk or default_chunk(name, sum(shard.length for part in found for shard in part))
     largest = min(chunk, max((shard.length for part in found for shard in part), default=1))
     pieces = [stop - start for part in found for shard in part for start, stop in chunking.cut(shard.spans, largest)]
     fraction = _fitting_host(options, sum(map(stride, pieces)), largest, width, name)
@@ -97,7 +100,12 @@ def start(options: TrainOptions, device: Device, optimizer: Any, wrapped: list[A
         adams.append(ChunkedAdam(part.optimizer.param_groups, chunks, engine, device))
         adams[-1].place(count)
         optimizer.chained_optimizers[i] = take_over(part, adams[-1])
-    return Offloading(options, device, adams, down, up, name, measured)
+    return Offloading(options, device, adams, down, up, name, chunk, measured)
+
+
+def default_chunk(engine: str, parameters: int) -> int:
+    """Elements of a chunk: as many as a call is worth, and so few that copies of one run beside another's Adam."""
+    return max(LEAST, min(CHUNKS[engine], parameters // DEPTH))
 
 
 def _engine(name: str, device: Device, link: tuple[Lane, Lane], largest: int, width: int) -> Engine:
@@ -122,9 +130,10 @@ def _fitting_host(options: TrainOptions, length: int, largest: int, width: int, 
         return fits
     with together():
         if options.offload_fraction > fits:
+            who = f"{len(here)} processes on this node need" if len(here) > 1 else "this process needs"
             raise DoesNotFit(
-                f"--offload-optimizer {options.offload_optimizer}: {len(here)} process{'es' * (len(here) > 1)} on this "
-                f"node need {short(options.offload_fraction * state + more)}B of host memory, {short(free)}B are free "
-                f"(cgroup limits counted); at most {int(fits * 100) / 100:g} of the optimizer's state fits"
+                f"--offload-optimizer {options.offload_optimizer}: {who} "
+                f"{short(options.offload_fraction * state + more)}B of host memory, {short(free)}B are free (cgroup "
+                f"limits counted); at most {int(fits * 100) / 100:g} of the optimizer's state fits"
             )
     return options.offload_fraction

@@ -28,8 +28,8 @@ class OffloadOptions:
         "auto",
     )
     offload_chunk: Optional[int] = opt(
-        "elements that are moved and updated at once, such as 8Mi (default: 16Mi with the engine cpu, 4Mi with stream, "
-        "of which three are on the device)",
+        "elements that are moved and updated at once, such as 8Mi (default: a sixteenth of a rank's, from 1Mi to 16Mi "
+        "with the engine cpu, to 4Mi with stream, of which three are on the device)",
         None,
         type=count,
     )
