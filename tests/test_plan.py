@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plans(capfd: pytest.CaptureFixture, *words: Any) -> tuple[int, list[dict[str, Any]], str]:
     """Exit status, stdout's lines and stderr."""
     capfd.readouterr()
-    status = main([*map(str, words)])
+    status = main([*map(str, words), "--workers", "1"])
     said = capfd.readouterr()
     return status, [json.loads(line) for line in said.out.splitlines()], said.err
 
@@ -90,7 +90,7 @@ def test_less_memory_is_never_faster_and_ends_in_a_refusal(capfd: pytest.Capture
         done |= {rows[0]["recompute"], "offload" if rows[0]["offload_optimizer"] else "on the GPU"}
     assert status == 3 and "offload" in done
     least = float(said.partition("the least is ")[2].split()[0])
-    assert gib < least < gib / 0.7 and "use more GPUs" in said
+    assert gib < least <= gib / 0.74 and "use more GPUs" in said
     assert plans(capfd, *given, "--memory-gib", least + 0.1)[0] == 0
     status, _, said = plans(capfd, *given, "--memory-gib", least + 0.1, "--no-offload")
     assert status == 3, said

@@ -2,8 +2,13 @@
 
 import json
 import logging
+import multiprocessing
+import os
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
@@ -11,7 +16,7 @@ from megapatch.models.cli import Common, UserError, opt, run
 from megapatch.tools.plan import machines, tell
 
 if TYPE_CHECKING:
-    from megapatch.tools.plan.search import Asked, Plan, Search
+    from megapatch.tools.plan.search import Asked, Found, Plan
 
 log = logging.getLogger(__name__)
 GIB = 2**30
@@ -54,6 +59,7 @@ class Options(Common):
     expert_load: float = opt("tokens of the busiest rank of experts, as a multiple of an even share", 1.0)
     no_offload: bool = opt("only plans that keep all optimizer state on the GPU", False)
     top: int = opt("plans to print, one for each layout", 5)
+    workers: Optional[int] = opt("processes that plan, if not one for each CPU", None)
     output: Optional[Path] = opt("write the best plan as an @file for mp-pretrain", None)
 
     def __post_init__(self) -> None:
@@ -64,6 +70,8 @@ class Options(Common):
         for name in ("reserve_gib", "slack"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers {self.workers}: must be at least 1")
         if not self.network_gbit_per_s > 0:
             raise ValueError(f"--network-gbit-per-s {self.network_gbit_per_s}: must be above 0")
 
@@ -78,16 +86,17 @@ def work(options: Options) -> None:
     path = model_file(options.model)
     hf, machine, budget = read(path), machine_of(options), budget_bytes(options)
     asked = ask(options, hf, machine, budget)
-    from megapatch.tools.plan.search import Search, best
+    from megapatch.tools.plan.search import best
 
-    search = Search(asked)
-    found = best(progressing(search, asked), options.top)
+    parts = progressing(asked, options.workers or len(os.sched_getaffinity(0)))
+    found = best((plan for part in parts for plan in part.plans), options.top)
     if not found:
-        raise DoesNotFit(least(search, asked, options))
+        raise DoesNotFit(least(min((p.least for p in parts), key=lambda p: p.total_bytes), asked, options))
     rows = [tell.as_json(plan, asked, number) for number, plan in enumerate(found, 1)]
     for row in rows:
         print(json.dumps(row))
-    log.info("%s of %s tried ways, %s traced\n%s", len(rows), search.seen, len(search.traces), tell.as_table(rows))
+    seen, traces = (sum(getattr(part, name) for part in parts) for name in ("seen", "traces"))
+    log.info("%s ways tried, from %s traces; the best:\n%s", f"{seen:,}", traces, tell.as_table(rows))
     log.info("what binds: %s on rank %s", rows[0]["binding"]["what"], rows[0]["binding"]["rank"])
     if options.output is not None:
         write(options.output, tell.as_file(found[0], asked, str(path)))
@@ -170,11 +179,11 @@ def ask(options: Options, hf: dict[str, Any], machine: machines.Machine, budget:
     )
 
 
-def progressing(search: "Search", asked: "Asked") -> "list[Plan]":
-    """All plans that fit, with a bar."""
+def progressing(asked: "Asked", workers: int) -> "list[Found]":
+    """All plans that fit, found by so many processes, with a bar."""
     from tqdm import tqdm
 
-    from megapatch.tools.plan.search import layouts, least_bytes
+    from megapatch.tools.plan.search import groups, layouts, least_bytes, search
 
     every = list(layouts(asked))
     if not every:
@@ -183,22 +192,25 @@ def progressing(search: "Search", asked: "Asked") -> "list[Plan]":
             "a batch that the number of GPUs divides"
         )
     worth = [layout for layout in every if least_bytes(asked, layout) <= asked.budget_bytes]
-    worth = worth or [min(every, key=lambda layout: least_bytes(asked, layout))]
-    found: list[Any] = []
-    for layout in tqdm(worth, desc="layouts", mininterval=1, disable=None):
-        found += search.plans(layout)
-    return found
+    parts = groups(worth or [min(every, key=lambda layout: least_bytes(asked, layout))])
+    every_s = 1 if sys.stderr.isatty() else 10
+    shown = partial(tqdm, total=len(parts), desc="mp-plan: layouts", mininterval=every_s, maxinterval=every_s)
+    if min(workers, len(parts)) == 1:
+        return [search(asked, part) for part in shown(parts)]
+    with ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("fork")) as pool:
+        waiting = [pool.submit(search, asked, part) for part in parts]
+        for _ in shown(as_completed(waiting)):
+            pass
+        return [done.result() for done in waiting]  # in an order that does not depend on their speed
 
 
-def least(search: "Search", asked: "Asked", options: Options) -> str:
+def least(plan: "Plan", asked: "Asked", options: Options) -> str:
     """What would be needed, in one line."""
-    plan = search.least
-    assert plan is not None
     row = tell.as_json(plan, asked, 0)
     gib = plan.total_bytes / GIB
     return (
-        f"{asked.gpus} x {asked.machine.name}: nothing fits {asked.budget_bytes / GIB:.1f} GiB (of which --reserve-gib "
-        f"{options.reserve_gib:g} is not part); the least is {gib:.1f} GiB on a GPU, with {tell.short(row)}, mostly "
+        f"{asked.gpus} x {asked.machine.name}: nothing fits the {asked.budget_bytes / GIB:.1f} GiB that --reserve-gib "
+        f"{options.reserve_gib:g} leaves; the least is {gib:.2f} GiB on a GPU, with {tell.short(row)}, mostly "
         f"{row['binding']['what']}; use more GPUs, larger ones, or a smaller --seq-length"
     )
 

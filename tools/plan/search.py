@@ -20,8 +20,10 @@ from megapatch.models.shapes import num_parameters, part_shapes, sizes
 from megapatch.tools.plan.machines import Machine
 from megapatch.tools.plan.roofline import Speed, speed
 
-LARGEST_SAMPLES, LARGEST_VPP = 8, 8
+LARGEST_VPP = 8
 LEAST_TOKENS = 1024  # of a sequence on a rank with --cp
+MOST_TOKENS = 16384  # of a pass of several samples on a rank: more only take memory
+NARROWEST = 1024  # feed-forward of an expert on a rank with --etp
 FRACTIONS = 20  # --offload-optimizer in steps of a twentieth
 
 
@@ -126,7 +128,8 @@ def _long_enough(asked: Asked, cp: int, tp: int) -> bool:
 def possible(asked: Asked, tp: int, pp: int, cp: int, ep: int, etp: int) -> bool:
     """Whether the layers' tensors divide, and the batch over the copies."""
     config = asked.config
-    wide = (config.get("moe_ffn_hidden_size") or 0) % etp == 0
+    width = config.get("moe_ffn_hidden_size") or 0
+    wide = width % etp == 0 and (etp == 1 or not width or width // etp >= NARROWEST)
     copies = asked.gpus // (tp * pp * cp)
     if not wide or asked.batch % copies or asked.seq_length % tp or config["ffn_hidden_size"] % tp:
         return False
@@ -206,9 +209,14 @@ class Search:
     def plans(self, layout: Layout) -> Iterator[Plan]:
         """Those of a layout that fit; of each kind the one that computes or moves least."""
         for samples in self.samples(layout):
-            for vpp in self.interleaved(layout, samples):
-                cut = replace(layout, vpp=vpp)
-                yield from self._fitting(cut, samples)
+            found = [
+                plan
+                for vpp in self.interleaved(layout, samples)
+                for plan in self._fitting(replace(layout, vpp=vpp), samples)
+            ]
+            yield from found
+            if not found:
+                return  # nor do more samples fit
 
     def _fitting(self, layout: Layout, samples: int) -> Iterator[Plan]:
         for again in reversed(ways_again(self.asked)):
@@ -248,8 +256,8 @@ class Search:
 
     def samples(self, layout: Layout) -> list[int]:
         """Micro-batch sizes."""
-        each = self.asked.batch // layout.copies
-        return [n for n in (1, 2, 4, 8) if n <= LARGEST_SAMPLES and each % n == 0]
+        each, tokens = self.asked.batch // layout.copies, self.asked.seq_length // layout.cp
+        return [n for n in (1, 2, 4, 8) if n == 1 or (each % n == 0 and n * tokens <= MOST_TOKENS)]
 
     def interleaved(self, layout: Layout, samples: int) -> list[int]:
         """Chunks per stage."""
@@ -271,6 +279,32 @@ def least_bytes(asked: Asked, layout: Layout) -> float:
 def _numbers(rule: Rule, letters: Any, asked: Asked) -> int:
     layers = len(asked.kinds) if rule.layers is None else len(rule.layers)
     return sum(map(math.prod, part_shapes(rule, letters))) * layers * (asked.config.get("num_moe_experts") or 0)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Plans that fit of some layouts; of all that were tried the one that needs least, their number, and of traces."""
+
+    plans: list[Plan]
+    least: Plan
+    seen: int
+    traces: int
+
+
+def search(asked: Asked, cut: list[Layout]) -> Found:
+    """Plans of layouts that share their traces: they differ in --pp only."""
+    here = Search(asked)
+    plans = [plan for layout in cut for plan in here.plans(layout)]
+    assert here.least is not None
+    return Found(plans, here.least, here.seen, len(here.traces))
+
+
+def groups(every: Iterable[Layout]) -> list[list[Layout]]:
+    """Layouts that share their traces."""
+    found: dict[tuple[int, ...], list[Layout]] = {}
+    for layout in every:
+        found.setdefault((layout.tp, layout.cp, layout.ep, layout.etp), []).append(layout)
+    return list(found.values())
 
 
 def best(plans: Iterable[Plan], top: int) -> list[Plan]:
