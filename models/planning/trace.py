@@ -89,9 +89,11 @@ def trace(hf: HfConfig, made: ModelOptions, batch: Batch, *, alone: bool = True)
     """
     kinds = layer_kinds(hf)
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-    count = max(first) + 1
-    with _built(hf, made, count, batch) as (model, meter):
-        found = dict(zip([BEFORE, *kinds[:count], AFTER], measured(model, meter, batch, True), strict=True))
+    windows = find(hf).transformer_config(hf).get("window_size")
+    run = range(max(first) + 1) if windows else first  # a window follows from a layer's number
+    with _built(hf, made, run, batch) as (model, meter):
+        names = [BEFORE, *(kinds[layer] for layer in run), AFTER]
+        found = dict(zip(names, measured(model, meter, batch, True), strict=True))
         if not alone:
             ends = measured(model, meter, batch, False)
             found |= {RECEIVED: ends[0], SENT: ends[-1]}
@@ -102,18 +104,19 @@ def trace(hf: HfConfig, made: ModelOptions, batch: Batch, *, alone: bool = True)
 
 def whole(hf: HfConfig, made: ModelOptions, batch: Batch, layers: int | None = None) -> list[Piece]:
     """The pieces of the whole model, or of so many layers of it, each of them run: what sums are compared with."""
-    with _built(hf, made, layers or len(layer_kinds(hf)), batch) as (model, meter):
+    with _built(hf, made, range(layers or len(layer_kinds(hf))), batch) as (model, meter):
         return measured(model, meter, batch, True)
 
 
 @contextmanager
-def _built(hf: HfConfig, made: ModelOptions, count: int, batch: Batch) -> Iterator[tuple[Any, Meter]]:
-    """The first layers of the model, without content, and a meter that knows its parameters."""
+def _built(hf: HfConfig, made: ModelOptions, run: Sequence[int], batch: Batch) -> Iterator[tuple[Any, Meter]]:
+    """These layers of the model, without content, and a meter that knows its parameters."""
     parallel = made.parallel
     world = max(parallel.tp * parallel.cp, parallel.expert_tp * parallel.ep)
     fields = find(hf).transformer_config(hf)
     pattern = fields.get("moe_layer_freq")
-    shorter = {"num_layers": count} | ({"moe_layer_freq": pattern[:count]} if isinstance(pattern, list) else {})
+    shorter: dict[str, Any] = {"num_layers": len(run)}
+    shorter |= {"moe_layer_freq": [pattern[layer] for layer in run]} if isinstance(pattern, list) else {}
     shorter |= {"perform_initialization": False, "calculate_per_token_loss": True}
     meter = Meter(workspace=workspace(made.device))
     with ExitStack() as stack:

@@ -51,6 +51,11 @@ class Asked:
         return find(self.hf).transformer_config(self.hf)
 
     @cached_property
+    def pipelines(self) -> bool:
+        """Whether the layers divide into stages of any number of these GPUs."""
+        return any(self.gpus % pp == 0 for pp in divisors(self.config["num_layers"])[1:])
+
+    @cached_property
     def kinds(self) -> list[str]:
         """Of each layer."""
         return layer_kinds(self.hf)
@@ -169,7 +174,7 @@ class Search:
         asked = self.asked
         cut = parallel(layout.tp, layout.cp, layout.ep, layout.etp)
         made = ModelOptions(cut, asked.device, asked.precision, asked.seq_length, again.fields)
-        return trace(asked.hf, made, Batch(asked.seq_length, samples, asked.load), alone=len(asked.kinds) == 1)
+        return trace(asked.hf, made, Batch(asked.seq_length, samples, asked.load), alone=not asked.pipelines)
 
     def stages(self, choice: Choice) -> list[Stage]:
         """Of the pipeline."""
