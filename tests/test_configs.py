@@ -102,18 +102,18 @@ def test_a_run_sets_the_queues_to_its_gpus_from_the_layout(
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "status", "told"),
     [
-        (["--world-size", "24"], "does not divide the number of processes, 24"),
-        (["--micro-batch-size", "16"], "--device-memory-gib 80: the estimate is"),
-        (["--global-batch-size", "101"], "--global-batch-size 101 is not divisible"),
+        (["--world-size", "24"], 1, "does not divide the number of processes, 24"),
+        (["--micro-batch-size", "16"], 3, "--device-memory-gib 80: the estimate is"),
+        (["--global-batch-size", "101"], 1, "--global-batch-size 101 is not divisible"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(
-    more: list[str], told: str, data: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    more: list[str], status: int, told: str, data: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import re
 
     monkeypatch.chdir(ROOT)
-    status, found, said = plan("llama-3.1-70b", data, capfd, *more)
-    assert status == 1 and not found and re.search(told, said)
+    ended, found, said = plan("llama-3.1-70b", data, capfd, *more)
+    assert ended == status and not found and re.search(told, said)

@@ -16,12 +16,13 @@ arguments, or an object that holds them as "arguments" and, when wanted, with st
     "digests": true                                  adds {"event": "state", "step", "digest"}: xxh3 of all parameters
                                                      and optimizer states of rank 0, after the step
     "kept": true                                     adds {"event": "kept", "bytes"}: the most that rank 0 kept for the
-                                                     backward pass of a micro-batch
+                                                     backward pass of a micro-batch; "total_bytes" of all of them
 
 A case that fails has one record: {"event": "error", "text": traceback}.
 """
 
 import errno
+import gc
 import json
 import os
 import sys
@@ -190,6 +191,8 @@ def run_case(case: Any) -> list[dict]:
         if not options.save_interval and "signal" not in case and "save" not in case:
             trainer.saved_step = options.train_iters  # nothing to save: these cases look at the losses only
         kept = Kept(p for m in trainer.session.models for p in m.parameters()) if case.get("kept") else None
+        if kept and trainer.session.aside:
+            kept.watch_offload(trainer.session.aside)
         faults = Faults(case.get("bad", {}), kept)
         with (
             mock.patch.object(step, "_loss", faults.spoil_loss),
@@ -199,7 +202,7 @@ def run_case(case: Any) -> list[dict]:
         ):
             trainer.run()
         if kept:
-            memory.records.append({"event": "kept", "bytes": kept.most})
+            memory.records.append({"event": "kept", "bytes": kept.most, "total_bytes": kept.total})
         records.close()
         return memory.records
     finally:
@@ -208,6 +211,8 @@ def run_case(case: Any) -> list[dict]:
 
 def main(cases: Path, results: Path) -> None:
     signals.listen()
+    gc.collect()
+    gc.freeze()  # what imports made is not looked through again: Kept asks for it in every pass
     found = {}
     for name, case in json.loads(cases.read_text()).items():
         try:

@@ -12,6 +12,7 @@ from megapatch.models.family import HfConfig, vocab_size
 from megapatch.models.held import plain
 from megapatch.models.parallel import world_size
 from megapatch.models.shapes import Layout, num_parameters
+from megapatch.models.space import DoesNotFit
 from megapatch.trainer.flops import flops_per_token, mixtures, sizes_of
 from megapatch.trainer.memory import MARGIN, Activations, Estimate, estimate
 from megapatch.trainer.options import TrainOptions
@@ -91,20 +92,22 @@ class Description:
         }
 
     def refuse_too_large(self) -> None:
-        """UserError where the estimate is above what --device-memory-gib leaves room for."""
+        """DoesNotFit where the estimate is above what --device-memory-gib leaves room for."""
         given = self.options.device_memory_gib
         largest = max(each.total_bytes for each in self.memory) / GIB
         if given and largest > MARGIN * given:
-            raise UserError(
+            raise DoesNotFit(
                 f"--device-memory-gib {given:g}: the estimate is {largest:.1f} GiB, and a tenth is left free; use more "
-                "processes, larger --tp, --pp or --ep, --use-distributed-optimizer, --recompute full, or less "
-                "--micro-batch-size or --seq-length"
+                "processes, larger --tp, --pp or --ep, --use-distributed-optimizer, --offload-optimizer, --recompute "
+                "full, or less --micro-batch-size or --seq-length"
             )
 
 
 def describe(options: TrainOptions, hf: HfConfig, count: int) -> Description:
     """Work a run out; ``count`` micro-batches a step."""
     world, predicting = processes(options), bool(options.mtp_loss_weight)
+    layers = sizes_of(hf, predicting).num_layers
+    options.refuse_layers([chunk for stage in range(options.pp) for chunk in stage_layers(options, layers, stage)])
     held = [share(hf, options, stage, predicting=predicting) for stage in range(options.pp)]
     activations = Activations(options, sizes_of(hf, predicting))
     trained = _adapters(options, hf) or held

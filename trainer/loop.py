@@ -11,13 +11,14 @@ import torch
 from megapatch.models.cli import UserError
 from megapatch.trainer import checkpoint, final_test, signals
 from megapatch.trainer.metrics import Log
+from megapatch.trainer.offload.auto import Fitting
 from megapatch.trainer.progress import Progress
 from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.sample_places import Samples, shown
 from megapatch.trainer.saving import Saving
 from megapatch.trainer.session import Session
 from megapatch.trainer.sources import BySource
-from megapatch.trainer.step import Batches, StepResult, evaluate, train_step
+from megapatch.trainer.step import Batches, StepResult, evaluate
 from megapatch.trainer.watchdog import note
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Trainer:
         self.train, self.valid, self.eval_steps = train, valid, eval_steps
         self.bad_steps = 0
         self.saved_step = session.step
+        self.fitting = Fitting(session, records, num_micro_batches)
         self.progress = Progress(session.options, session.device, session.step)
 
     def run(self) -> None:
@@ -92,7 +94,7 @@ class Trainer:
         start = time.perf_counter()
         lr = session.optimizer.param_groups[0]["lr"]
         with self.progress.profiler.around(session.step + 1):
-            result = train_step(session, self.train(session.consumed_samples), self.count)
+            result = self.fitting.train_step(lambda: self.train(session.consumed_samples))
         session.device.synchronize()
         seconds = time.perf_counter() - start
         session.step += 1

@@ -5,7 +5,8 @@ Weights, gradients and optimizer state follow from the number of parameters of t
     weight          4 bytes in fp32, 2 in bf16
     gradient        4 (gradients are summed in fp32)
     AdamW           8 for two moments, 4 more for the master weight in bf16; with --use-distributed-optimizer divided
-                    by the data-parallel ranks (x --cp; for experts by those that hold the same ones)
+                    by the data-parallel ranks (x --cp; for experts by those that hold the same ones); without the
+                    share that --offload-optimizer keeps in host memory
 
 which is "optimizer state partitioning" of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 5.1) beside
 mixed-precision Adam (section 3.1). Activations are what autograd keeps of one micro-batch, after Korthikanti et al.
@@ -22,11 +23,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megapatch.models.cuts import padded_vocabulary
+from megapatch.trainer.activation_options import UNDER_WAY
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.shares import Share, stage_layers
 
 MARGIN = 0.9  # of a device's memory that an estimate may fill
 WIDTH = {"fp32": 4, "bf16": 2}  # bytes of a weight or an activation
+MODULE_PARTS = {  # of --offload-activation-modules: parts of a layer
+    "core_attn": ("core_attn", "mla_up_proj"),
+    "attention": ("attention", "core_attn", "mla_up_proj"),
+    "mlp": ("mlp", "moe", "shared_experts"),
+}
 GRADIENT, MOMENTS, MASTER = 4, 8, {"fp32": 0, "bf16": 4}
 FLOAT = 4
 
@@ -72,13 +79,13 @@ def estimate(
 
 
 def optimizer_bytes(options: TrainOptions, part: Share, world: int) -> int:
-    """Moments and master weights of a rank."""
-    each = MOMENTS + MASTER[options.precision]
-    if not options.use_distributed_optimizer:
-        return part.total * each
-    stage = world // options.pp
-    dense, experts = stage // options.tp, stage // (options.expert_tp * options.ep)
-    return part.dense * each // dense + part.experts * each // experts
+    """Moments and master weights of a rank on its device."""
+    dense, experts = 1, 1  # ranks that share
+    if options.use_distributed_optimizer:
+        stage = world // options.pp
+        dense, experts = stage // options.tp, stage // (options.expert_tp * options.ep)
+    here = (1 - options.least_offloaded) * (MOMENTS + MASTER[options.precision])
+    return round((part.dense / dense + part.experts / experts) * here) + options.streamed_bytes(part.total)
 
 
 @dataclass(frozen=True)
@@ -125,13 +132,18 @@ class Activations:
             q, k = heads * sizes.kv_channels, sizes.num_query_groups * sizes.kv_channels
             normed = q + k if sizes.qk_layernorm else 0
             # q, k and v; q and k rotated; the output
-            return {"attention": self.tokens * (3 * q + 3 * k + normed) / tp * self.width}
+            core = 2 * (q + k)  # what enters the product, and the output
+            return {
+                "attention": self.tokens * (3 * (q + k) + normed - core) / tp * self.width,
+                "core_attn": self.tokens * core / tp * self.width,
+            }
         value, key = sizes.v_head_dim, sizes.qk_head_dim
         whole = key + sizes.qk_pos_emb_head_dim
         vectors = 2 * (sizes.q_lora_rank or 0) + 2 * sizes.kv_lora_rank + sizes.qk_pos_emb_head_dim
         made = heads * (2 * whole + key + value)  # q and k put together; what keys and values are cut from
         return {
-            "attention": self.tokens * (vectors + heads * value / tp) * self.width,
+            "attention": self.tokens * vectors * self.width,
+            "core_attn": self.tokens * heads * value / tp * self.width,
             "mla_up_proj": self.tokens * made / tp * self.width,
         }
 
@@ -150,12 +162,23 @@ class Activations:
         dropped.discard("core_attn")  # its inputs and output are kept; the scores never are
         return sum(size for name, size in parts.items() if name not in dropped)
 
+    def moved(self, layer: int, position: int, chunk: Sequence[int]) -> float:
+        """Of these, the bytes that --offload-activations moves to host memory."""
+        if layer not in self.options.offloaded(chunk):
+            return 0.0
+        parts = {part for name in self.options.offload_activation_modules for part in MODULE_PARTS[name]}
+        kept = self.parts(layer)
+        whole, moved = sum(kept.values()), sum(size for name, size in kept.items() if not parts or name in parts)
+        return self.of_layer(layer, position) * moved / whole
+
     def of_stage(self, stage: int, count: int, vocabulary: int) -> int:
         """Bytes kept on a rank of a pipeline stage at most; ``vocabulary`` is padded."""
         options = self.options
         chunks = stage_layers(options, self.sizes.num_layers, stage)
         kept = [sum(self.of_layer(layer, at) for at, layer in enumerate(chunk)) for chunk in chunks]
-        total = sum(kept) / len(kept) * in_flight(options, stage, count)
+        moved = [self.moved(layer, at, chunk) for chunk in chunks for at, layer in enumerate(chunk)]
+        total = (sum(kept) - sum(moved)) / len(kept) * in_flight(options, stage, count)
+        total += min(UNDER_WAY + 1, sum(size > 0 for size in moved)) * max(moved)
         if options.recompute == "full":  # one unit is there whole while its backward pass runs
             whole = (sum(self.parts(layer).values()) for chunk in chunks for layer in chunk)
             total += options.recompute_unit * max(whole, default=0.0)

@@ -19,6 +19,8 @@ from megatron.core.dist_checkpointing.optimizer import (
 from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
+from megapatch.trainer.offload.parts import Offloaded
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
 TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
@@ -28,6 +30,8 @@ Parameter = torch.nn.Parameter
 def allocate(optimizer: Any) -> None:
     """Give every parameter of this rank Adam's state, as before the first step; PyTorch's Adam runs fused."""
     for part in _parts(optimizer):
+        if isinstance(part, Offloaded):
+            continue  # chunks have it from the beginning
         part.init_state_fn(part.optimizer, part.config)
         for group in part.optimizer.param_groups if isinstance(part.optimizer, TORCH_ADAM) else ():
             group |= {"fused": True, "foreach": False}  # one pass over memory; megatron-core leaves it unset
@@ -38,6 +42,9 @@ def set_updates(optimizer: Any, updates: int) -> None:
     """Tell Adam how many updates its moments have seen."""
     for part in _parts(optimizer):
         inner = part.optimizer
+        if isinstance(part, Offloaded):
+            part.optimizer.updates = updates
+            continue
         for group in inner.param_groups:
             if not isinstance(inner, TORCH_ADAM):  # Transformer Engine's counts by group
                 group["step"] = updates
@@ -105,12 +112,20 @@ def _without_gaps(part: DistributedOptimizer) -> Iterator[None]:
 def fill(optimizer: Any, loaded: dict[str, Any], updates: int) -> None:
     """Take over what was loaded as ``sharded`` described it; the models' parameters must be loaded before."""
     for i, part in enumerate(_parts(optimizer)):
+        if isinstance(part, Offloaded):
+            part.optimizer.take_weights(native=True)  # the others' masters are in the checkpoint
         if isinstance(part, DistributedOptimizer):
             _scatter(part, loaded[str(i)])
             continue
         for n, pair in enumerate(_masters(part)):
+            found = loaded[str(i)][str(n)]
+            if isinstance(part, Offloaded):
+                part.optimizer.set_tensors(
+                    pair[0], {"param" if name == MASTER else name: found[name] for name in found}
+                )
+                continue
             for name, tensor in _tensors(part, *pair).items():
-                tensor.copy_(loaded[str(i)][str(n)][name])
+                tensor.copy_(found[name])
     set_updates(optimizer, updates)
 
 
@@ -146,4 +161,7 @@ def _masters(part: Any) -> Iterator[tuple[Parameter, torch.Tensor]]:
 def _tensors(part: Any, parameter: Parameter, master: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors that a plain optimizer keeps for a parameter, by name."""
     own = {} if master is parameter else {MASTER: master.detach()}
+    if isinstance(part, Offloaded):
+        found = {name: tensor.view(parameter.shape) for name, tensor in part.optimizer.tensors(parameter).items()}
+        return {name: found["param" if name == MASTER else name] for name in (*own, *MOMENTS)}
     return own | {name: part.optimizer.state[master][name] for name in MOMENTS}

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import ClassVar, Literal, Optional
 
 from megapatch.models.cli import opt
+from megapatch.trainer.activation_options import ActivationOptions
 from megapatch.trainer.data_options import DataOptions
 from megapatch.trainer.fp8_options import Fp8Options
 from megapatch.trainer.lora_options import LoraOptions
 from megapatch.trainer.moe_options import MoeOptions
+from megapatch.trainer.offload.options import OffloadOptions
 from megapatch.trainer.overlap import OverlapOptions
 from megapatch.trainer.recompute_options import RecomputeOptions
 from megapatch.trainer.reliability_options import ReliabilityOptions
@@ -16,7 +18,17 @@ from megapatch.trainer.watching import Watching
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, LoraOptions, ReliabilityOptions, Watching):
+class TrainOptions(
+    RecomputeOptions,
+    ActivationOptions,
+    OffloadOptions,
+    MoeOptions,
+    Fp8Options,
+    OverlapOptions,
+    LoraOptions,
+    ReliabilityOptions,
+    Watching,
+):
     """What every kind of training shares."""
 
     tool: ClassVar[str] = "mp-pretrain"
@@ -70,6 +82,8 @@ class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, Lor
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_recompute()
+        self.refuse_activations(self.recompute, self.recompute_modules, linked=self.offload_optimizer is not None)
+        self.refuse_offload()
         self.refuse_moe()
         self.refuse_fp8(self.precision)
         self.refuse_overlap(self)

@@ -20,9 +20,12 @@ from megapatch.models.device import Device, seed_everything
 from megapatch.models.family import HfConfig, find
 from megapatch.models.held import plain
 from megapatch.models.layers import backends, spec
-from megapatch.models.load import load_weights
+from megapatch.models.load import load_weights, unwrapped
 from megapatch.models.shapes import num_parameters
-from megapatch.trainer import adapters, experts, optimizer_state
+from megapatch.trainer import activations, adapters, experts, optimizer_state
+from megapatch.trainer.held_memory import HeldPeak
+from megapatch.trainer.offload import offloading
+from megapatch.trainer.offload.parts import without_masters
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import first, together, warn
 
@@ -45,6 +48,9 @@ class Session:
     consumed_samples: int = 0
     updates: int = 0  # steps that changed the parameters: the others had numbers that are not finite
     base: adapters.Base | None = None  # with --lora-rank: the weights that the adapters are for
+    aside: activations.Offload | None = None  # with --offload-activations
+    held: HeldPeak | None = None  # on a CPU with something in host memory
+    away: offloading.Offloading | None = None  # with --offload-optimizer
 
     @property
     def num_parameters(self) -> int:
@@ -78,12 +84,30 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
     _tell_attention(backends.choose(models[0].config, models, layers))
     config: TransformerConfig = models[0].config
     chunks = [_wrap(options, config, model, first=i == 0) for i, model in enumerate(models)]
-    optimizer = get_megatron_optimizer(
-        optimizer_config(options), chunks, get_standard_config_overrides(optimizer_config(options))
-    )
+    settings = optimizer_config(options)
+    make = without_masters if options.offload_optimizer else get_megatron_optimizer
+    optimizer = make(settings, chunks, get_standard_config_overrides(settings))
+    away = offloading.start(options, device, optimizer, chunks) if options.offload_optimizer else None
     optimizer_state.allocate(optimizer)
     _connect(config, chunks, optimizer, options)
-    return Session(options, device, hf, config, chunks, optimizer, _schedule(options, optimizer), base=base)
+    aside = activations.start(options, device, models)  # when the weights are where they stay
+    schedule = _schedule(options, optimizer)
+    held = _held(models, aside, away) if device.kind == "cpu" and (aside or away) else None
+    return Session(
+        options, device, hf, config, chunks, optimizer, schedule, base=base, aside=aside, held=held, away=away
+    )
+
+
+def _held(
+    models: list[torch.nn.Module], aside: activations.Offload | None, away: offloading.Offloading | None
+) -> HeldPeak:
+    """Have the layers tell how much the device, of which a CPU does the work, would hold."""
+    arenas = [aside.link.pool] if aside else []
+    found = HeldPeak(lambda: sum(pool.held_bytes for pool in arenas) + (away.host_bytes if away else 0))
+    found.watch([layer for model in models for layer in unwrapped(model).decoder.layers])
+    if aside:
+        aside.fetched = found.note
+    return found
 
 
 def _tell_attention(choice: backends.Choice) -> None:

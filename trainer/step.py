@@ -95,6 +95,12 @@ def train_step(session: Session, batches: Batches, count: int) -> StepResult:
         experts.undo_bias(session.models)
     extra = experts.losses(session.config, session.step, count)
     extra |= experts.load(session.config, session.models, session.device.torch)
+    if session.aside:
+        extra |= session.aside.most(session.device.torch)
+    if session.held:
+        extra |= session.held.measures()
+    if session.away:
+        extra |= session.away.measures()
     return StepResult(loss, norm, round(tokens), extra | _prediction_losses(session, count))
 
 

@@ -5,8 +5,16 @@ from pathlib import Path
 
 import psutil
 
+from megapatch.models.cli import UserError
+
 SUFFIXES = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 UNLIMITED = 2**60  # cgroup v1 says 'no limit' with a number about as large as this
+
+
+class DoesNotFit(UserError):
+    """More memory is needed than there is; the message has the numbers."""
+
+    status = 3
 
 
 def count(text: str) -> int:
