@@ -28,7 +28,7 @@ def run_case(folder: Path, layout: dict, prompts: list[list[int]]) -> dict:
     from megatron.core import parallel_state
 
     from megapatch.models.build import ModelOptions, build
-    from megapatch.models.generation import Engine
+    from megapatch.models.generation.engine import Engine
     from megapatch.models.load import load_hf
 
     found = device.start()

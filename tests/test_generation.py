@@ -68,7 +68,7 @@ def models(theirs: dict[str, tuple[Path, PreTrainedModel]], found: device.Device
 
 
 def engine(model: torch.nn.Module, **settings: Any) -> Any:
-    from megapatch.models.generation import Engine
+    from megapatch.models.generation.engine import Engine
 
     return Engine(model, **{"vocab_size": VOCAB, "max_length": LENGTH} | settings)
 

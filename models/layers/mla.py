@@ -9,7 +9,7 @@ Shape letters: s sequence, b batch, n query heads of this process, c size of the
 r rotated part of a key, w a head's value.
 """
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from megapatch.models.layers import spec
 from megapatch.models.layers.attention import SdpaAttention, bounds_of
-from megapatch.models.layers.kv_cache import KeyValueCache
+from megapatch.models.layers.kv_cache import Kept, KeyValueCache
 from megapatch.models.layers.norm import RMSNorm
 
 LATENT_NORMS = {  # our modules -> the checkpoint's names, those of Transformer Engine
@@ -132,9 +132,16 @@ class LatentAttention(MLASelfAttention):
         part, turned = query.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
         query = torch.cat([torch.einsum("sbnp,npc->sbnc", part, of_keys), turned], dim=-1)
         key = torch.cat([latent, rotated], dim=-1)
-        out = inference_context.attend(self.layer_number, query, key, latent, self.softmax_scale)  # [s, 1, n*c]
+        out = inference_context.attend(self.kept, query, key, None, self.softmax_scale)  # [s, 1, n*c]
         out = torch.einsum("sbnc,nwc->sbnw", out.view(*out.shape[:2], heads, -1), of_values)
         return self.linear_proj(out.flatten(2))
+
+    @cached_property
+    def kept(self) -> Kept:
+        """What a KeyValueCache remembers of a token: its latent vector, the values too, and the rotated part."""
+        config = self.config
+        size = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        return Kept(self.layer_number, 1, size, config.kv_lora_rank, shared=True)
 
     def _query(self, hidden: Tensor) -> Tensor:
         """[s/tp, b, h] -> [s, b, n, p+r]"""

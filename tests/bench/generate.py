@@ -74,7 +74,7 @@ def models(args: argparse.Namespace, layout: parallel.Parallel, found: device.De
 
 def compare(theirs: Any, ours: Any, vocab: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """Best times of both, and how far the texts agree."""
-    from megapatch.models.generation import Engine
+    from megapatch.models.generation.engine import Engine
     from megapatch.models.request import Request, Sampling
 
     prompts = torch.randint(1, vocab, (batch, args.prompt_tokens))

@@ -175,7 +175,7 @@ def _run(options: Options, hf: Any, tokenizer: Any, prompts: list[Any], device: 
 
     from megapatch.models.build import ModelOptions, build
     from megapatch.models.device import seed_everything
-    from megapatch.models.generation import Engine
+    from megapatch.models.generation.engine import Engine
     from megapatch.models.load import load_weights
     from megapatch.tools.generate.results import Results, closing_line, opened
 
@@ -190,7 +190,7 @@ def _run(options: Options, hf: Any, tokenizer: Any, prompts: list[Any], device: 
     with opened(options.output if dist.get_rank() == 0 else None) as file:
         results = Results(prompts, file, options.logprobs)
         engine = Engine(
-            chunks[0],
+            chunks,
             vocab_size=family.vocab_size(hf),
             max_length=min(longest, _longest(hf)),
             batch_size=min(options.batch_size, len(requests)),

@@ -7,7 +7,7 @@ from typing import Any
 
 from megapatch.models import hf_files
 from megapatch.models.cli import UserError
-from megapatch.models.generation import Completion
+from megapatch.models.generation.sequences import Completion
 from megapatch.models.request import Request
 from megapatch.models.transformers_types import refuse_unknown
 

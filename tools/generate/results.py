@@ -15,7 +15,8 @@ from megapatch.models.commit import staged_file
 from megapatch.tools.generate.prompts import Prompt
 
 if TYPE_CHECKING:
-    from megapatch.models.generation import Completion, Statistics
+    from megapatch.models.generation.engine import Statistics
+    from megapatch.models.generation.sequences import Completion
 
 log = logging.getLogger(__name__)
 EVERY_S = 10.0
