@@ -78,7 +78,7 @@ def _top(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, tokens = logprobs.topk(k, dim=-1)
     order = tokens.argsort(-1)
     values, tokens = values.gather(-1, order), tokens.gather(-1, order)
-    order = values.argsort(-1, descending=True, stable=True)
+    order = values.argsort(dim=-1, descending=True, stable=True)
     return tokens.gather(-1, order), values.gather(-1, order)
 
 

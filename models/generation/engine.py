@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megapatch.models.cli import UserError
 from megapatch.models.generation.executors import Executor, ModuleExecutor
+from megapatch.models.generation.lean import LeanExecutor
 from megapatch.models.generation.sequences import Completion, Growing, OnPiece, Told
 from megapatch.models.generation.slots import Reading, Slots
 from megapatch.models.layers.kv_cache import KeyValueCache
@@ -56,6 +57,7 @@ class Engine:
         cache_bytes: int | None = None,
         prefill_tokens: int = 4096,
         executor: Literal["auto", "lean", "module"] = "auto",
+        packed: bool = True,
         tokenizer: Tokenizer | None = None,
         group: dist.ProcessGroup | None = None,
         on_step: Callable[[Statistics], None] | None = None,
@@ -65,10 +67,12 @@ class Engine:
         completion; ``batch_size``: sequences that grow at once, fewer where their keys and values would be more than
         ``cache_bytes`` (of this process); ``prefill_tokens``: of prompts, read in one pass.
 
+        ``executor``: lean where the layout lets it, module for megatron-core's own forward pass; ``packed``: the lean
+        one may keep a copy of the weights that CPU kernels read faster.
         ``group``: the processes that make the same calls; by default those that share a model and its experts.
         ``on_step`` is called after every forward pass, ``on_piece`` with every token.
         """
-        chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+        chunks = list(model) if isinstance(model, Sequence) else [model]
         self.chunks: list[Any] = [unwrapped(chunk) for chunk in chunks]
         config = self.chunks[0].config
         if config.context_parallel_size > 1:
@@ -82,7 +86,7 @@ class Engine:
         last = self.chunks[-1].post_process
         self.chooser = _least(self.group, self.group.rank() if last else self.group.size(), self.device)
         self.multiple: int = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        self.executor: Executor = ModuleExecutor(self.chunks)
+        self.executor = _executor(self.chunks, executor, packed)
         self.batch_size = _least(self.group, self._fitting(batch_size, cache_bytes), self.device)
         self.statistics = Statistics()
 
@@ -248,6 +252,14 @@ def _told(table: Tensor, top: int) -> Iterator[Told]:
     for token, logprob, sampling_logprob, *best in table.tolist():
         tokens = map(int, best[:top])
         yield Told(int(token), logprob, sampling_logprob, dict(zip(tokens, best[top:], strict=True)))
+
+
+def _executor(chunks: list[Any], kind: str, packed: bool) -> Executor:
+    """The executor of a model that is asked for, or the fastest one that can run it."""
+    fits = LeanExecutor.fits(chunks)
+    if kind == "lean" and not fits:
+        raise UserError("the lean executor runs whole models, without --pp and --sequence-parallel; use the module one")
+    return LeanExecutor(chunks[0], packed) if fits and kind != "module" else ModuleExecutor(chunks)
 
 
 def _default_group(config: Any) -> dist.ProcessGroup:

@@ -156,8 +156,12 @@ class KeyValueCache(BaseInferenceContext):
         """
         q, k = query[: self.num_tokens, 0], key[: self.num_tokens, 0]
         v = None if value is None else value[: self.num_tokens, 0]
-        out = (self._decode if self.decoding else self._read)(kept, q, k, v, scale)
+        out = self.attend_tokens(kept, q, k, v, scale)
         return F.pad(out, (0, 0, 0, len(self.positions) - self.num_tokens))[:, None]
+
+    def attend_tokens(self, kept: Kept, q: Tensor, k: Tensor, v: Tensor | None, scale: float) -> Tensor:
+        """As ``attend``, without padding: q [t, n, d], k and v [t, g, ...] -> [t, n*w]."""
+        return (self._decode if self.decoding else self._read)(kept, q, k, v, scale)
 
     def _decode(self, kept: Kept, q: Tensor, k: Tensor, v: Tensor | None, scale: float) -> Tensor:
         """q [r, n, d] -> [r, n*w]; the query heads of a key-value head are its rows: no copies of keys."""
@@ -174,7 +178,8 @@ class KeyValueCache(BaseInferenceContext):
         mask = self.mask(length)
         out = F.scaled_dot_product_attention(
             q.reshape(rows, kept.heads, -1, kept.key_size),  # [r, g, n/g, d]
-            *(buffer[:rows, :, :length] for buffer in buffers),
+            buffers[0][:rows, :, :length],
+            buffers[1][:rows, :, :length],
             attn_mask=None if mask is None else mask.to(q.dtype),
             scale=scale,
         )
