@@ -209,7 +209,7 @@ BAD_LINES = {
     '{"prompt": "a", "temprature": 1}': "in.jsonl:2: field 'temprature' is not known",
     '{"prompt": "a", "temperature": "1"}': "in.jsonl:2: temperature '1'; expected a number",
     '{"prompt": "a", "top_k": 1.5}': "in.jsonl:2: top_k 1.5; expected an integer",
-    '{"prompt": "a", "top_p": 0.5}': "in.jsonl:2: top-k and top-p choose nothing at temperature 0",
+    '{"prompt": "a", "top_p": 0.5}': "in.jsonl:2: top-k, top-p and min-p choose nothing at temperature 0",
     '{"prompt": "a", "stop": [1]}': "in.jsonl:2: stop [1]",
     '{"prompt": "a", "stop": ""}': "in.jsonl:2: stop: an empty string",
     '{"prompt": "a", "id": 0}': "in.jsonl:2: id 0 is that of line 1",
@@ -237,12 +237,12 @@ def test_a_bad_line_is_named_before_anything_is_generated(
 USAGE = {
     "expected either --prompt TEXT or --input FILE": [],
     "expected either": ["--prompt", "a", "--input", "-"],
-    "generation runs with --pp 1": ["--prompt", "a", "--pp", "2"],
+    "generation runs with --cp 1": ["--prompt", "a", "--cp", "2"],
     "--batch-size 0": ["--prompt", "a", "--batch-size", "0"],
     "max-new-tokens 0": ["--prompt", "a", "--max-new-tokens", "0"],
     "temperature -1.0": ["--prompt", "a", "--temperature", "-1"],
     "top-p 0.0": ["--prompt", "a", "--temperature", "1", "--top-p", "0"],
-    "top-k and top-p choose nothing at temperature 0": ["--prompt", "a", "--top-k", "5"],
+    "top-k, top-p and min-p choose nothing at temperature 0": ["--prompt", "a", "--top-k", "5"],
 }
 
 

@@ -263,6 +263,10 @@ LAYOUTS = {
     "one key-value head, learned positions": ("gpt_bigcode", {"tp": 2, "sequence_parallel": True}),
     "alibi": ("bloom", {"tp": 2, "sequence_parallel": True}),
     "windows": ("mistral", {"tp": 2}),
+    "latent vectors": ("deepseek_v3", {"tp": 2, "sequence_parallel": True}),
+    "stages": ("llama", {"pp": 2}),
+    "stages in turns": ("qwen2", {"pp": 2, "vpp": 2}),
+    "stages, learned positions": ("gpt2", {"pp": 2}),
     "parallel layers": ("falcon", {"tp": 2, "sequence_parallel": True}),
     "padded vocabulary": ("odd", {"tp": 2}),
     "experts, tp": ("qwen3_moe", {"tp": 2, "sequence_parallel": True}),
@@ -274,7 +278,7 @@ LAYOUTS = {
 def test_two_processes_give_what_one_gives(
     theirs: dict[str, tuple[Path, PreTrainedModel]], models: dict[str, torch.nn.Module], tmp_path: Path
 ) -> None:
-    from generate_worker import requests
+    from generate_worker import requests, told
 
     cases = {name: {"folder": str(theirs[folder][0]), "layout": layout} for name, (folder, layout) in LAYOUTS.items()}
     (tmp_path / "cases.json").write_text(json.dumps({"prompts": PROMPTS, "cases": cases}))
@@ -290,5 +294,5 @@ def test_two_processes_give_what_one_gives(
     for name, (folder, _) in LAYOUTS.items():
         done = engine(models[folder], vocab_size=VOCAB - (folder == "odd"), batch_size=2).generate(requests(PROMPTS))
         assert found[name]["token_ids"] == [one.token_ids for one in done], name
-        flat = [logprob for one in done for logprob in one.logprobs]
+        flat = [logprob for one in done for logprob in told(one)]
         assert [x for one in found[name]["logprobs"] for x in one] == pytest.approx(flat, abs=LOGPROB_TOLERANCE), name

@@ -274,7 +274,7 @@ class LeanExecutor:
         x = model.embedding(ids, positions)[:, 0]  # [t, h]
         table = None
         if model.position_embedding_type == "rope" and not model.config.multi_latent_attention:
-            table = model.rotary_pos_emb(cache.max_sequence_length)
+            table = model.rotary_pos_emb(cache.max_sequence_length, packed_seq=False, cp_group=None)  # as core calls it
         given = Pass(cache, table, x.dtype)
         for layer in self.layers:
             x = layer(x, given)

@@ -64,9 +64,9 @@ class Options(Parallel):
         super().__post_init__()
         if bool(self.prompt) == bool(self.input):
             raise ValueError("expected either --prompt TEXT or --input FILE")
-        if self.pp > 1 or self.cp > 1:
-            raise ValueError("generation runs with --pp 1 and --cp 1; use --tp to cut the model")
-        if self.engine == "transformers" and (self.tp > 1 or self.ep > 1 or self.logprobs):
+        if self.cp > 1:
+            raise ValueError("generation runs with --cp 1; use --tp or --pp to cut the model")
+        if self.engine == "transformers" and (self.tp > 1 or self.pp > 1 or self.ep > 1 or self.logprobs):
             raise ValueError("--engine transformers runs in one process, without --logprobs")
         if self.batch_size < 1:
             raise ValueError(f"--batch-size {self.batch_size}: must be at least 1")
@@ -136,9 +136,11 @@ def _check(options: Options, tokenizer: Any, hf: Any, is_core: bool) -> None:
         )
     if options.add_bos and not tokenizer.prefix_ids and tokenizer.bos_id is None:
         raise UserError(f"--add-bos: {tokenizer.folder} names no bos_token in tokenizer_config.json")
-    world, needed = parallel.world_size(), max(options.tp, options.expert_tp * options.ep)
+    world, needed = parallel.world_size(), options.pp * max(options.tp, options.expert_tp * options.ep)
     if world != needed:
-        raise UserError(f"{world} processes, but this layout is for {needed}: start as many, or change --tp and --ep")
+        raise UserError(
+            f"{world} processes, but this layout is for {needed}: start as many, or change --tp, --pp, --ep"
+        )
 
 
 def _longest(hf: Any) -> int:
