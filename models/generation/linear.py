@@ -34,11 +34,14 @@ class Linear:
         self.weight, self.bias, self.group = weight, bias, group
         self.packed: Tensor | None = None
         self.rows_to_pack = _ROWS_TO_PACK[weight.dtype] if packed and can_pack(weight) else None
-        self._bits: int | None = None
+        self._bits = torch.empty(0, dtype=torch.int64)
 
     def refresh(self) -> None:
         """Pack the weight again if its bits have changed."""
-        if self.rows_to_pack is not None and (bits := _sum_of_bits(self.weight)) != self._bits:
+        if self.rows_to_pack is None:
+            return
+        bits = _sums_of_bits(self.weight)
+        if not torch.equal(bits, self._bits):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _PACKED_FOR)
             self._bits = bits
 
@@ -94,8 +97,8 @@ def linear(module: Any, packed: bool) -> Linear | ModuleLinear:
     return Linear(module.weight, module.bias, module.tp_group if _CUT[type(module)](module) else None, packed)
 
 
-def _sum_of_bits(weight: Tensor) -> int:
-    """A number that changes when any bit of a weight does, except by a rare accident."""
-    flat = weight.detach().contiguous().view(-1)
-    words = torch.int64 if flat.numel() * flat.itemsize % 8 == 0 else {2: torch.int16, 4: torch.int32}[flat.itemsize]
-    return int(flat.view(words).sum(dtype=torch.int64))
+def _sums_of_bits(weight: Tensor) -> Tensor:
+    """A number for each row [f], of which some change when bits of the weight do, except by a rare accident."""
+    row_bytes = weight.shape[1] * weight.itemsize
+    words = next(kind for kind in (torch.int64, torch.int32, torch.int16) if row_bytes % kind.itemsize == 0)
+    return weight.detach().contiguous().view(words).sum(1, dtype=torch.int64)
