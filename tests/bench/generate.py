@@ -123,7 +123,7 @@ def compare(theirs: Any, ours: Any, prompts: Prompts, batch: int, args: argparse
     sides = {
         "megapatch": with_megapatch,
         "transformers": lambda tick: with_transformers(theirs, prompts, batch, tick),
-        "reading": lambda tick: reading(weights, max(new for _, new in prompts), tick),
+        "reading": lambda tick: reading(weights, max(new for _, new in prompts) // 4, tick),
     }
     rounds, same, shares = [], 1.0, []
     for number in range(args.rounds + 1):
