@@ -151,3 +151,42 @@ def test_a_windowed_layer_keeps_its_window_only(models: dict[str, Any]) -> None:
 
 def test_latent_attention_keeps_one_vector_for_keys_and_values(models: dict[str, Any]) -> None:
     assert {one.numbers for one in engine(models["latent"]).executor.kept} == {16 + 8}
+
+
+@pytest.mark.parametrize("kind", ["llama", "latent", "alibi", "experts"])
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_draft_changes_nothing_but_the_number_of_passes(kind: str, executor: str, models: dict[str, Any]) -> None:
+    """Greedy and sampled, penalised, of several samples, stopped early; by a draft that is right, wrong, or both."""
+    kinds = (
+        Sampling(max_new_tokens=17),
+        Sampling(max_new_tokens=9, temperature=1.0, top_k=20, n=2),
+        Sampling(max_new_tokens=13, repetition_penalty=1.5, frequency_penalty=0.5, top_logprobs=2),
+        Sampling(max_new_tokens=30, stop_token_ids=tuple(range(9))),
+    )
+    requests = [Request(prompt, kinds[i % 4], key=str(i)) for i, prompt in enumerate([*PROMPTS, LONG])]
+    plain = engine(models[kind], batch_size=3, executor=executor)
+    expected = plain.generate(requests)
+    for draft in (kind, "alibi" if kind == "llama" else "llama"):
+        made = engine(
+            models[kind], draft=models[draft], draft_tokens=3, batch_size=3, prefill_tokens=16, executor=executor
+        )
+        for done, wanted in zip(made.generate(requests), expected, strict=True):
+            same(done, wanted)
+            assert (done.finish_reason, done.stop) == (wanted.finish_reason, wanted.stop)
+            assert [list(top) for top in done.top_logprobs] == [list(top) for top in wanted.top_logprobs]
+        found = made.statistics
+        assert found.decode_tokens == plain.statistics.decode_tokens
+        assert 0 <= found.accepted_tokens <= found.proposed_tokens
+        if draft == kind:  # rejected only where the sequence had ended
+            assert found.accepted_tokens > 0.9 * found.proposed_tokens
+            assert found.passes < 0.5 * plain.statistics.passes
+        else:
+            assert found.accepted_tokens < 0.5 * found.proposed_tokens
+
+
+def test_a_draft_that_cannot_be_undone_is_refused(models: dict[str, Any]) -> None:
+    from megapatch.models.cli import UserError
+
+    with pytest.raises(UserError, match="a draft model: with sliding windows of 8 tokens"):
+        engine(models["llama"], draft=models["windows"])
+    engine(models["llama"], draft=models["windows"], max_length=8)

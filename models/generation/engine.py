@@ -11,22 +11,20 @@ requests; the tokens are chosen by one of them and sent to the others, so that n
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megapatch.models.cli import UserError
-from megapatch.models.generation.executors import Executor, ModuleExecutor
-from megapatch.models.generation.lean import LeanExecutor
+from megapatch.models.generation.agreement import Agreement, default_group
+from megapatch.models.generation.drafts import Drafts
+from megapatch.models.generation.executors import Executor, ExecutorKind, executor_for, unwrapped_chunks
 from megapatch.models.generation.sequences import Completion, Growing, OnPiece, Told
-from megapatch.models.generation.slots import Reading, Slots
+from megapatch.models.generation.slots import Reading, Slots, wanted_logits
 from megapatch.models.layers.kv_cache import KeyValueCache
-from megapatch.models.load import unwrapped
 from megapatch.models.request import Request, Sampling
-from megapatch.models.sampling import Choice, choose, known
 from megapatch.models.tokenizer import Tokenizer
 
 _LOGITS = 1 << 26  # numbers of one pass, at most, where all tokens of prompts need logits
@@ -42,6 +40,8 @@ class Statistics:
     decode_tokens: int = 0
     decode_s: float = 0.0
     passes: int = 0
+    proposed_tokens: int = 0  # by a draft model
+    accepted_tokens: int = 0  # of these
 
 
 class Engine:
@@ -56,10 +56,12 @@ class Engine:
         batch_size: int = 8,
         cache_bytes: int | None = None,
         prefill_tokens: int = 4096,
-        executor: Literal["auto", "lean", "module"] = "auto",
+        executor: ExecutorKind = "auto",
         packed: bool = True,
         tokenizer: Tokenizer | None = None,
         group: dist.ProcessGroup | None = None,
+        draft: torch.nn.Module | Sequence[torch.nn.Module] | None = None,
+        draft_tokens: int = 4,
         on_step: Callable[[Statistics], None] | None = None,
         on_piece: OnPiece | None = None,
     ) -> None:
@@ -70,10 +72,12 @@ class Engine:
         ``executor``: lean where the layout lets it, module for megatron-core's own forward pass; ``packed``: the lean
         one may keep a copy of the weights that CPU kernels read faster.
         ``group``: the processes that make the same calls; by default those that share a model and its experts.
+        ``draft``: a smaller model at the same layout that proposes up to ``draft_tokens`` tokens at a time; what is
+        answered stays the same, and comes sooner where it often guesses right.
         ``on_step`` is called after every forward pass, ``on_piece`` with every token.
         """
-        chunks = list(model) if isinstance(model, Sequence) else [model]
-        self.chunks: list[Any] = [unwrapped(chunk) for chunk in chunks]
+        self.chunks, drafting = unwrapped_chunks(model), unwrapped_chunks(draft)
+        self.draft_tokens = draft_tokens
         config = self.chunks[0].config
         if config.context_parallel_size > 1:
             raise UserError(
@@ -82,19 +86,37 @@ class Engine:
         self.vocab_size, self.max_length, self.prefill_tokens = vocab_size, max_length, prefill_tokens
         self.tokenizer, self.on_step, self.on_piece = tokenizer, on_step, on_piece
         self.device = next(self.chunks[0].parameters()).device
-        self.group = group or _default_group(config)
-        last = self.chunks[-1].post_process
-        self.chooser = _least(self.group, self.group.rank() if last else self.group.size(), self.device)
+        group = group or default_group(config)
+        self.agreement = Agreement(group, self.chunks[-1].post_process, self.device)
         self.multiple: int = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        self.executor = _executor(self.chunks, executor, packed)
-        self.batch_size = _least(self.group, self._fitting(batch_size, cache_bytes), self.device)
+        self.executor = executor_for(self.chunks, executor, packed)
+        self.draft = executor_for(drafting, executor, packed) if drafting else None
+        if drafting:
+            self._check_draft(drafting)
+        self.all_chunks = [*self.chunks, *drafting]
+        self.batch_size = self.agreement.least(self._fitting(batch_size, cache_bytes))
         self.statistics = Statistics()
+
+    def _check_draft(self, drafting: list[Any]) -> None:
+        """Refuse what proposals cannot be undone in, or be made with (UserError)."""
+        assert self.draft is not None
+        if self.draft_tokens < 1:
+            raise UserError(f"draft tokens {self.draft_tokens}: must be at least 1")
+        windows = [kept.window for kept in (*self.executor.kept, *self.draft.kept) if kept.window]
+        if min(windows, default=self.max_length) < self.max_length:
+            raise UserError(
+                f"a draft model: with sliding windows of {min(windows)} tokens, only for texts that are no longer; "
+                f"they may have {self.max_length}"
+            )
+        if drafting[-1].post_process and drafting[-1].vocab_size < self.vocab_size:
+            raise UserError(f"a draft model of {drafting[-1].vocab_size} tokens; the model has {self.vocab_size}")
 
     def _fitting(self, batch_size: int, cache_bytes: int | None) -> int:
         """How many sequences of the longest length fit into a budget (UserError: not one)."""
         if cache_bytes is None:
             return batch_size
-        numbers = sum(kept.numbers * kept.positions(self.max_length) for kept in self.executor.kept)
+        kept = [*self.executor.kept, *(self.draft.kept if self.draft else [])]
+        numbers = sum(one.numbers * one.positions(self.max_length) for one in kept)
         each = numbers * self.chunks[0].config.params_dtype.itemsize
         if each > cache_bytes:
             raise UserError(
@@ -112,14 +134,16 @@ class Engine:
 
         Requests are read as slots become free. Weights must not change before the last completion is taken.
         """
-        modes = [chunk.training for chunk in self.chunks]
-        for chunk in self.chunks:
+        modes = [chunk.training for chunk in self.all_chunks]
+        for chunk in self.all_chunks:
             chunk.eval()
         try:
-            self.executor.refresh()
+            for executor in (self.executor, self.draft):
+                if executor:
+                    executor.refresh()
             yield from self._run(self._growing(requests))
         finally:
-            for chunk, mode in zip(self.chunks, modes, strict=True):
+            for chunk, mode in zip(self.all_chunks, modes, strict=True):
                 chunk.train(mode)
 
     def _growing(self, requests: Iterable[Request]) -> Iterator[Growing]:
@@ -130,9 +154,13 @@ class Engine:
             for one in request.samples():
                 yield Growing(number, one, self.max_length, self.tokenizer)
 
+    def _cache(self) -> KeyValueCache:
+        return KeyValueCache(self.batch_size, self.max_length, self.device, self.multiple)
+
     def _run(self, waiting: Iterator[Growing]) -> Iterator[Completion]:
-        cache = KeyValueCache(self.batch_size, self.max_length, self.device, self.multiple)
-        slots, shared_before = Slots(cache, waiting), self.statistics.shared_tokens
+        cache, drafts = self._cache(), self._drafts()
+        slots = Slots(cache, waiting, drafts.cache if drafts else None)
+        shared_before = self.statistics.shared_tokens
         while True:
             started = time.perf_counter()
             slots.admit()
@@ -140,7 +168,7 @@ class Engine:
                 self._read(cache, parts, started)
                 slots.share()
             elif active := slots.sequences():
-                self._decode(cache, active, started)
+                self._decode(cache, active, drafts, started)
             else:
                 return
             self.statistics.passes += 1
@@ -149,60 +177,78 @@ class Engine:
                 self.on_step(self.statistics)
             yield from [sequence.completion() for sequence in slots.retire()]
 
+    def _drafts(self) -> Drafts | None:
+        if self.draft is None:
+            return None
+        made = self._cache(), self.draft_tokens, self.prefill_tokens, self._forward, self.agreement
+        return Drafts(self.draft, *made)
+
     def _read(self, cache: KeyValueCache, parts: list[Reading], started: float) -> None:
         """Read parts of prompts, and choose the first token of those that are read."""
         tokens = [token for s, start, length in parts for token in s.prompt[start : start + length]]
-        places, rows, told = _wanted(parts)
+        places, rows, scored = wanted_logits(parts)
         slots, starts, lengths = zip(*((s.slot, start, length) for s, start, length in parts), strict=True)
         positions = cache.read(slots, starts, lengths, places or [len(tokens) - 1])
-        logits = self._forward(cache, positions, tokens)
+        logits = self._forward(self.executor, cache, positions, tokens)
         for sequence, start, length in parts:
             sequence.cached = start + length
         for sequence in (part.sequence for part in parts if part.ends):
             sequence.end_of_prompt()
-        self._tell(logits, rows, told)
+        top = _most_curious([*(one for _, one in rows), *(one for _, one, _ in scored)])
+        choices, known = [(at, one.row()) for at, one in rows], [(at, token) for at, _, token in scored]
+        told = self.agreement.told(logits, choices, known, top)
+        for (_, sequence), found in zip(rows, told, strict=False):
+            self._add(sequence, found)
+        for (_, sequence, _), found in zip(scored, told[len(rows) :], strict=True):
+            sequence.add_of_prompt(found)
         self.statistics.prefill_tokens += len(tokens)
         self.statistics.prefill_s += time.perf_counter() - started
 
-    def _decode(self, cache: KeyValueCache, active: list[Growing], started: float) -> None:
-        """One more token for every sequence."""
-        positions = cache.decode([sequence.cached for sequence in active])
-        logits = self._forward(cache, positions, [sequence.token_ids[-1] for sequence in active])
-        for sequence in active:
-            sequence.cached += 1
-        self._tell(logits, list(enumerate(active)), [])
-        self.statistics.decode_tokens += len(active)
+    def _decode(self, cache: KeyValueCache, active: list[Growing], drafts: Drafts | None, started: float) -> None:
+        """One more token for every sequence, or several of those that were proposed."""
+        ahead = drafts.propose(active) if drafts else [[] for _ in active]
+        tokens = [token for sequence, more in zip(active, ahead, strict=True) for token in (sequence.last, *more)]
+        starts = [sequence.cached for sequence in active]
+        if any(ahead):
+            lengths = [1 + len(more) for more in ahead]
+            positions = cache.read([s.slot for s in active], starts, lengths, range(len(tokens)))
+        else:
+            positions = cache.decode(starts)
+        logits = self._forward(self.executor, cache, positions, tokens)
+        rows = [s.row(more[:n]) for s, more in zip(active, ahead, strict=True) for n in range(len(more) + 1)]
+        told = iter(self.agreement.told(logits, list(enumerate(rows)), [], _most_curious(active)))
+        for sequence, more in zip(active, ahead, strict=True):
+            self._accept(sequence, more, [next(told) for _ in range(len(more) + 1)])
         self.statistics.decode_s += time.perf_counter() - started
 
+    def _accept(self, sequence: Growing, more: list[int], told: list[Told]) -> None:
+        """Take the model's own tokens as long as they are what was proposed, and the one after."""
+        statistics, before = self.statistics, len(sequence.token_ids)
+        for guess, found in zip([*more, None], told, strict=True):
+            sequence.cached += 1
+            self._add(sequence, found)
+            if sequence.finish_reason or found.token != guess:
+                break
+        added = len(sequence.token_ids) - before
+        sequence.drafted = min(sequence.drafted, sequence.length - 1)
+        statistics.decode_tokens += added
+        statistics.proposed_tokens += len(more)
+        statistics.accepted_tokens += added - 1
+
     @torch.no_grad()  # not inference_mode: megatron-core keeps its rotary angles, and training could not use them
-    def _forward(self, cache: KeyValueCache, positions: Tensor, tokens: Sequence[int]) -> Tensor | None:
+    def _forward(
+        self, executor: Executor, cache: KeyValueCache, positions: Tensor, tokens: Sequence[int]
+    ) -> Tensor | None:
         """Logits [r, v] of the tokens that ``cache`` was told of; None where the last layers are elsewhere."""
         ids = torch.zeros(positions.shape, dtype=torch.int64)
         ids[0, : len(tokens)] = torch.tensor(tokens)
-        logits = self.executor.forward(ids.to(self.device), positions, cache)
+        logits = executor.forward(ids.to(self.device), positions, cache)
         return None if logits is None else logits[:, : self.vocab_size]
 
-    def _tell(
-        self, logits: Tensor | None, rows: list[tuple[int, Growing]], scored: list[tuple[int, Growing, int]]
-    ) -> None:
-        """Choose a token of each of ``rows`` of the logits; of the ``scored``, the token is known."""
-        sequences = [sequence for _, sequence in rows] + [sequence for _, sequence, _ in scored]
-        top = max((sequence.request.sampling.top_logprobs for sequence in sequences), default=0)
-        table = torch.empty(len(sequences), 3 + 2 * top, dtype=torch.float64, device=self.device)  # holds ids exactly
-        if self.group.rank() == self.chooser and sequences:
-            assert logits is not None
-            chosen = choose(logits[[row for row, _ in rows]], [sequence.row() for _, sequence in rows], top)
-            given = known(logits[[row for row, *_ in scored]], [token for *_, token in scored], top)
-            table = torch.cat([_table(chosen), _table(given)])
-        if self.group.size() > 1:
-            dist.broadcast(table, dist.get_global_rank(self.group, self.chooser), self.group)
-        for number, (sequence, found) in enumerate(zip(sequences, _told(table, top), strict=True)):
-            if number >= len(rows):
-                sequence.told_of_prompt.append(found)
-                continue
-            sequence.add(found)
-            if self.on_piece:
-                self.on_piece(sequence.piece())
+    def _add(self, sequence: Growing, found: Told) -> None:
+        sequence.add(found)
+        if self.on_piece:
+            self.on_piece(sequence.piece())
 
 
 def complete(
@@ -222,57 +268,6 @@ def complete(
     return found
 
 
-def _wanted(
-    parts: list[Reading],
-) -> tuple[list[int], list[tuple[int, Growing]], list[tuple[int, Growing, int]]]:
-    """Places of tokens whose logits are needed; which of these rows choose a token; which score a known one."""
-    places: list[int] = []
-    rows: list[tuple[int, Growing]] = []
-    scored: list[tuple[int, Growing, int]] = []
-    before = 0
-    for part in parts:
-        sequence, start, length = part
-        for i in part.wanted:
-            if start + i + 1 < len(sequence.prompt):
-                scored.append((len(places), sequence, sequence.prompt[start + i + 1]))
-            elif sequence.request.sampling.max_new_tokens:
-                rows.append((len(places), sequence))
-            places.append(before + i)
-        before += length
-    return places, rows, scored
-
-
-def _table(choice: Choice) -> Tensor:
-    """[r, 3+2k] in fp64: token, log-probability, that of sampling, best tokens, their log-probabilities."""
-    first = choice.tokens, choice.logprobs, choice.sampling_logprobs
-    return torch.cat([torch.stack([x.double() for x in first], -1), choice.top_tokens, choice.top_logprobs], -1)
-
-
-def _told(table: Tensor, top: int) -> Iterator[Told]:
-    for token, logprob, sampling_logprob, *best in table.tolist():
-        tokens = map(int, best[:top])
-        yield Told(int(token), logprob, sampling_logprob, dict(zip(tokens, best[top:], strict=True)))
-
-
-def _executor(chunks: list[Any], kind: str, packed: bool) -> Executor:
-    """The executor of a model that is asked for, or the fastest one that can run it."""
-    fits = LeanExecutor.fits(chunks)
-    if kind == "lean" and not fits:
-        raise UserError("the lean executor runs whole models, without --pp and --sequence-parallel; use the module one")
-    return LeanExecutor(chunks[0], packed) if fits and kind != "module" else ModuleExecutor(chunks)
-
-
-def _default_group(config: Any) -> dist.ProcessGroup:
-    """The processes that share a model: its tensor, pipeline and expert parallelism."""
-    if config.expert_model_parallel_size > 1:
-        return parallel_state.get_expert_tensor_model_pipeline_parallel_group()
-    return parallel_state.get_model_parallel_group()
-
-
-def _least(group: dist.ProcessGroup, number: int, device: torch.device) -> int:
-    """The smallest of the processes' numbers."""
-    if group.size() == 1:
-        return number
-    found = torch.tensor(number, device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MIN, group=group)
-    return int(found)
+def _most_curious(sequences: Iterable[Growing]) -> int:
+    """How many alternatives are to be told at most."""
+    return max((sequence.request.sampling.top_logprobs for sequence in sequences), default=0)

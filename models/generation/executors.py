@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megapatch.models.cli import UserError
+from megapatch.models.generation.lean import LeanExecutor
 from megapatch.models.layers.kv_cache import Kept, KeyValueCache
+from megapatch.models.load import unwrapped
+
+ExecutorKind = Literal["auto", "lean", "module"]
 
 
 class Executor(Protocol):
@@ -69,3 +74,18 @@ def _without_prediction(chunk: Any) -> Iterator[None]:
         yield
     finally:
         config.mtp_num_layers, chunk.mtp_process = layers, had
+
+
+def unwrapped_chunks(model: torch.nn.Module | Sequence[torch.nn.Module] | None) -> list[Any]:
+    """The GPTModels of a model's chunks."""
+    if model is None:
+        return []
+    return [unwrapped(chunk) for chunk in (model if isinstance(model, Sequence) else [model])]
+
+
+def executor_for(chunks: list[Any], kind: ExecutorKind, packed: bool) -> Executor:
+    """The executor of a model that is asked for, or the fastest one that can run it."""
+    fits = LeanExecutor.fits(chunks)
+    if kind == "lean" and not fits:
+        raise UserError("the lean executor runs whole models, without --pp and --sequence-parallel; use the module one")
+    return LeanExecutor(chunks[0], packed) if fits and kind != "module" else ModuleExecutor(chunks)

@@ -58,6 +58,7 @@ class Growing:
     tokenizer: Tokenizer | None
     slot: int = -1
     cached: int = 0  # tokens of prompt and completion that the cache holds
+    drafted: int = 0  # that the cache of a draft model holds
     source: "Growing | None" = None  # whose prompt is being read, and begins as this one's
     shared: int = 0  # tokens that the two have in common
     told: list[Told] = field(default_factory=list)
@@ -89,28 +90,46 @@ class Growing:
         """Whether there is more of the prompt to read."""
         return self.cached < len(self.prompt)
 
-    def row(self) -> Row:
-        """How the next token is chosen."""
+    @property
+    def last(self) -> int:
+        """The token that came last, whose place in the cache comes next."""
+        return self.token_ids[-1]
+
+    @property
+    def room(self) -> int:
+        """How many tokens there may be yet."""
+        return min(self.request.sampling.max_new_tokens - len(self.token_ids), self.max_length - self.length)
+
+    def row(self, ahead: Sequence[int] = ()) -> Row:
+        """How the next token is chosen, should ``ahead`` come before it."""
         sampling = self.request.sampling
-        step = len(self.token_ids)
+        step = len(self.token_ids) + len(ahead)
         draw = uniform(sampling.seed, self.request.key, self.request.sample, step) if sampling.temperature else 0.0
-        return Row(sampling, draw, self.prompt, self.token_ids)
+        return Row(sampling, draw, self.prompt, [*self.token_ids, *ahead] if ahead else self.token_ids)
 
     def end_of_prompt(self) -> None:
         """All of the prompt is read; that may be all that was asked for."""
         if self.request.sampling.max_new_tokens == 0:
             self.finish_reason = "length"
 
+    def add_of_prompt(self, told: Told) -> None:
+        """What the model says of the prompt's next token."""
+        self.told_of_prompt.append(self._asked(told))
+
+    def _asked(self, told: Told) -> Told:
+        """Without alternatives that only a neighbour asked for."""
+        return told._replace(top=dict(list(told.top.items())[: self.request.sampling.top_logprobs]))
+
     def add(self, told: Told) -> None:
         """Append a token, and see whether it ends the sequence."""
-        self.told.append(told)
+        self.told.append(self._asked(told) if told.top else told)
         self.token_ids.append(told.token)
         sampling, count = self.request.sampling, len(self.token_ids)
         if told.token in sampling.stop_token_ids and count > sampling.min_new_tokens:
             self.finish_reason, self.stop = "stop", told.token
         elif self._stream and self._show(self._stream.push(told.token)):
             return
-        elif count == sampling.max_new_tokens or self.length == self.max_length:
+        elif self.room == 0:
             self.finish_reason = "length"
         if self.finish_reason and self._stream:
             self._show(self._stream.finish().rstrip("\ufffd"))

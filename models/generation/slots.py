@@ -35,8 +35,9 @@ class Reading(NamedTuple):
 class Slots:
     """Fills slots from what waits; those in use are the first ones."""
 
-    def __init__(self, cache: KeyValueCache, waiting: Iterator[Growing]) -> None:
-        self.cache, self.waiting = cache, waiting
+    def __init__(self, cache: KeyValueCache, waiting: Iterator[Growing], draft: KeyValueCache | None = None) -> None:
+        """``draft``: the cache of a draft model, in which a sequence has the same slot."""
+        self.cache, self.waiting, self.draft = cache, waiting, draft
         self.active: list[Growing | None] = []
         self.content: list[Growing | None] = [None] * cache.slots  # whose keys are there, ended or not
         self.shared_tokens = 0  # that were copied instead of read
@@ -90,9 +91,9 @@ class Slots:
             return
         fresh.source = None
         if self.cache.holds(source.cached, fresh.shared):
+            fresh.cached, fresh.drafted = fresh.shared, min(source.drafted, fresh.shared)
             if source.slot != fresh.slot:
-                self.cache.copy(source.slot, fresh.slot, fresh.shared)
-            fresh.cached = fresh.shared
+                self._copy(source.slot, fresh)
             self.shared_tokens += fresh.shared
 
     def _close_gaps(self) -> None:
@@ -103,8 +104,15 @@ class Slots:
             if slot < len(self.active) and self.active[slot] is None:
                 last = self.active.pop()
                 assert last is not None
-                self.cache.copy(last.slot, slot, last.cached)
-                last.slot, self.active[slot], self.content[slot] = slot, last, last
+                before, last.slot = last.slot, slot
+                self._copy(before, last)
+                self.active[slot] = self.content[slot] = last
+
+    def _copy(self, slot: int, sequence: Growing) -> None:
+        """Bring what a sequence has in the caches from a slot to its own."""
+        self.cache.copy(slot, sequence.slot, sequence.cached)
+        if self.draft:
+            self.draft.copy(slot, sequence.slot, sequence.drafted)
 
     def readings(self, most_tokens: int, most_rows: int) -> list[Reading]:
         """Parts of prompts to be read in one pass of so many tokens, of which so many rows of logits are wanted."""
@@ -126,3 +134,23 @@ class Slots:
         for sequence in ended:
             self.active[sequence.slot] = None
         return ended
+
+
+def wanted_logits(
+    parts: list[Reading],
+) -> tuple[list[int], list[tuple[int, Growing]], list[tuple[int, Growing, int]]]:
+    """Places of tokens whose logits are needed; which of these rows choose a token; which score a known one."""
+    places: list[int] = []
+    rows: list[tuple[int, Growing]] = []
+    scored: list[tuple[int, Growing, int]] = []
+    before = 0
+    for part in parts:
+        sequence, start, length = part
+        for i in part.wanted:
+            if start + i + 1 < len(sequence.prompt):
+                scored.append((len(places), sequence, sequence.prompt[start + i + 1]))
+            elif sequence.request.sampling.max_new_tokens:
+                rows.append((len(places), sequence))
+            places.append(before + i)
+        before += length
+    return places, rows, scored
