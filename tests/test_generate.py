@@ -71,12 +71,13 @@ def test_stdout_has_only_rows_and_stderr_ends_with_rates(model: Path, capsys: py
 def test_progress_is_told_every_now_and_then(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megapatch.tools.generate.results.EVERY_S", 0.0)
+    monkeypatch.setattr("megapatch.tools.generate.progress.EVERY_S", 0.0)
     assert main(["--model", str(model), *flags(TEXTS), *SHORT, "--batch-size", "2"]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "prompts done" in line]
     assert len(told) == 16  # forward passes: 2 prompts, 8 tokens each, twice
     assert "mp-generate: 0 of 4 prompts done, " in told[0]
     assert "mp-generate: 2 of 4 prompts done, " in told[8]
+    assert told[0].endswith(" left") and " tokens/s, at most 0:00:0" in told[15]
 
 
 def test_text_and_json_lines_from_files_and_stdin_are_the_same(
@@ -203,7 +204,7 @@ def test_an_output_file_is_written_whole_and_never_over_another(
 BAD_LINES = {
     "{": "in.jsonl:2: not JSON",
     "[]": "in.jsonl:2: JSON list found",
-    "{}": "in.jsonl:2: expected one of prompt and prompt_token_ids",
+    "{}": "in.jsonl:2: expected one of prompt, prompt_token_ids and messages",
     '{"prompt": ""}': "in.jsonl:2: the prompt has no tokens",
     '{"prompt": 5}': "in.jsonl:2: prompt '5'; expected a string",
     '{"prompt": "a", "temprature": 1}': "in.jsonl:2: field 'temprature' is not known",
