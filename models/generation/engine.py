@@ -89,8 +89,9 @@ class Engine:
         group = group or default_group(config)
         self.agreement = Agreement(group, self.chunks[-1].post_process, self.device)
         self.multiple: int = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        self.executor = executor_for(self.chunks, executor, packed)
-        self.draft = executor_for(drafting, executor, packed) if drafting else None
+        checked = batch_size * (1 + draft_tokens if drafting else 1)  # tokens of most passes
+        self.executor = executor_for(self.chunks, executor, checked if packed else 0)
+        self.draft = executor_for(drafting, executor, batch_size if packed else 0) if drafting else None
         if drafting:
             self._check_draft(drafting)
         self.all_chunks = [*self.chunks, *drafting]

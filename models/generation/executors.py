@@ -83,9 +83,9 @@ def unwrapped_chunks(model: torch.nn.Module | Sequence[torch.nn.Module] | None) 
     return [unwrapped(chunk) for chunk in (model if isinstance(model, Sequence) else [model])]
 
 
-def executor_for(chunks: list[Any], kind: ExecutorKind, packed: bool) -> Executor:
+def executor_for(chunks: list[Any], kind: ExecutorKind, pack_for: int) -> Executor:
     """The executor of a model that is asked for, or the fastest one that can run it."""
     fits = LeanExecutor.fits(chunks)
     if kind == "lean" and not fits:
         raise UserError("the lean executor runs whole models, without --pp and --sequence-parallel; use the module one")
-    return LeanExecutor(chunks[0], packed) if fits and kind != "module" else ModuleExecutor(chunks)
+    return LeanExecutor(chunks[0], pack_for) if fits and kind != "module" else ModuleExecutor(chunks)

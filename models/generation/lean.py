@@ -23,9 +23,9 @@ from megapatch.models.layers.sandwich import SandwichLayer
 class Layer:
     """A layer whose order of parts is one of ``ORDERS``."""
 
-    def __init__(self, module: Any, packed: bool) -> None:
+    def __init__(self, module: Any, pack_for: int) -> None:
         self.first, self.second = norm(module.input_layernorm), norm(module.pre_mlp_layernorm)
-        self.attention, self.inner = attention(module.self_attention, packed), inner(module.mlp, packed)
+        self.attention, self.inner = attention(module.self_attention, pack_for), inner(module.mlp, pack_for)
         self.after = [norm(getattr(module, name, None)) for name in AFTER]
         self.parts = *self.attention.parts, *self.inner.parts
         self.order = ORDERS[type(module)]
@@ -69,7 +69,7 @@ class ModuleLayer:
 
     parts: tuple[Linear | ModuleLinear, ...] = ()
 
-    def __init__(self, module: Any, packed: bool) -> None:
+    def __init__(self, module: Any, pack_for: int) -> None:
         self.module = module
 
     def __call__(self, x: Tensor, given: Pass) -> Tensor:
@@ -83,14 +83,14 @@ class LeanExecutor:
 
     name = "lean"
 
-    def __init__(self, model: Any, packed: bool) -> None:
+    def __init__(self, model: Any, pack_for: int) -> None:
         self.model = model
         self.layers = [
-            (Layer if type(layer) in ORDERS else ModuleLayer)(layer, packed) for layer in model.decoder.layers
+            (Layer if type(layer) in ORDERS else ModuleLayer)(layer, pack_for) for layer in model.decoder.layers
         ]
         self.kept = [layer.self_attention.kept for layer in model.decoder.layers]
         self.norm = norm(model.decoder.final_layernorm)
-        self.head = self._head(packed)
+        self.head = self._head(pack_for)
         self.parts: list[Linear | ModuleLinear] = [part for layer in self.layers for part in layer.parts]
         self.parts += [self.head] if self.head else []
 
@@ -100,13 +100,13 @@ class LeanExecutor:
         config = chunks[0].config
         return config.pipeline_model_parallel_size == 1 and not config.sequence_parallel
 
-    def _head(self, packed: bool) -> Linear | None:
+    def _head(self, pack_for: int) -> Linear | None:
         """The output layer; None where the module does more than a product."""
         model, module = self.model, self.model.output_layer
         if type(module) is not ColumnParallelLinear or model.config.tensor_model_parallel_size > 1:
             return None
         tied = model.share_embeddings_and_output_weights
-        return Linear(model.shared_embedding_or_output_weight() if tied else module.weight, module.bias, None, packed)
+        return Linear(model.shared_embedding_or_output_weight() if tied else module.weight, module.bias, None, pack_for)
 
     def refresh(self) -> None:
         """Pack weights that have changed."""

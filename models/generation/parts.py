@@ -56,10 +56,10 @@ def norm(module: Any) -> Callable[[Tensor], Tensor]:
 class Attention:
     """megatron-core's self-attention with our cache: heads in groups, rotated, normed or not."""
 
-    def __init__(self, module: Any, packed: bool) -> None:
+    def __init__(self, module: Any, pack_for: int) -> None:
         config = module.config
         self.kept: Kept = module.kept
-        self.qkv, self.out = linear(module.linear_qkv, packed), linear(module.linear_proj, packed)
+        self.qkv, self.out = linear(module.linear_qkv, pack_for), linear(module.linear_proj, pack_for)
         self.parts = self.qkv, self.out
         self.groups, self.size = self.kept.heads, module.hidden_size_per_attention_head
         self.scale = config.softmax_scale or self.size**-0.5
@@ -102,11 +102,11 @@ class Attention:
 class Latent:
     """Latent attention of one process: what is kept of a token is its latent vector and the rotated part of its key."""
 
-    def __init__(self, module: Any, packed: bool) -> None:
+    def __init__(self, module: Any, pack_for: int) -> None:
         self.module, self.kept = module, module.kept
         queries = [module.linear_q_proj] if module.config.q_lora_rank is None else _query_layers(module)
-        self.query = [linear(one, packed) for one in queries]
-        self.down, self.out = linear(module.linear_kv_down_proj, packed), linear(module.linear_proj, packed)
+        self.query = [linear(one, pack_for) for one in queries]
+        self.down, self.out = linear(module.linear_kv_down_proj, pack_for), linear(module.linear_proj, pack_for)
         self.parts = *self.query, self.down, self.out
 
     @staticmethod
@@ -130,8 +130,8 @@ def _query_layers(module: Any) -> list[Any]:
 class FeedForward:
     """Two linear layers and an activation, gated by silu or none."""
 
-    def __init__(self, module: Any, packed: bool) -> None:
-        self.up, self.down = linear(module.linear_fc1, packed), linear(module.linear_fc2, packed)
+    def __init__(self, module: Any, pack_for: int) -> None:
+        self.up, self.down = linear(module.linear_fc1, pack_for), linear(module.linear_fc2, pack_for)
         self.parts = self.up, self.down
         self.activation = _swiglu if module.config.gated_linear_unit else module.config.activation_func
 
@@ -162,11 +162,11 @@ def _swiglu(x: Tensor) -> Tensor:
 class Experts:
     """A mixture of experts that are all here: each reads the tokens that are routed to it."""
 
-    def __init__(self, module: Any, packed: bool) -> None:
+    def __init__(self, module: Any, pack_for: int) -> None:
         self.router = module.router
-        self.experts = [FeedForward(expert, packed) for expert in module.experts.local_experts]
+        self.experts = [FeedForward(expert, pack_for) for expert in module.experts.local_experts]
         shared = module.shared_experts if module.use_shared_expert else None
-        self.shared = FeedForward(shared, packed) if shared is not None else None
+        self.shared = FeedForward(shared, pack_for) if shared is not None else None
         self.gate = getattr(shared, "gate_weight", None)
         every = [*self.experts, *([self.shared] if self.shared else [])]
         self.parts = tuple(part for one in every for part in one.parts)
@@ -208,7 +208,7 @@ class ModulePart:
 
     parts: tuple[Linear | ModuleLinear, ...] = ()
 
-    def __init__(self, module: Any, packed: bool) -> None:
+    def __init__(self, module: Any, pack_for: int) -> None:
         self.module = module
 
     def added(self, x: Tensor, residual: Tensor, given: Pass) -> Tensor:
@@ -230,11 +230,11 @@ ATTENTION = Attention, Latent
 INNER = FeedForward, Experts
 
 
-def attention(module: Any, packed: bool) -> Any:
+def attention(module: Any, pack_for: int) -> Any:
     """The lean version of a layer's attention, or the module."""
-    return next((kind for kind in ATTENTION if kind.fits(module)), ModuleAttention)(module, packed)
+    return next((kind for kind in ATTENTION if kind.fits(module)), ModuleAttention)(module, pack_for)
 
 
-def inner(module: Any, packed: bool) -> Any:
+def inner(module: Any, pack_for: int) -> Any:
     """The lean version of a layer's feed-forward, or the module."""
-    return next((kind for kind in INNER if kind.fits(module)), ModulePart)(module, packed)
+    return next((kind for kind in INNER if kind.fits(module)), ModulePart)(module, pack_for)
