@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -225,3 +226,27 @@ def test_tokens_that_the_model_lacks_are_refused(model: Any) -> None:
     for sampling in (Sampling(logit_bias={96: 1.0}), Sampling(stop_token_ids=(-1,))):
         with pytest.raises(UserError, match=r"token id (96|-1) in logit-bias or stop-token-ids; the model has 0 to 95"):
             engine(model).generate([Request([1], sampling)])
+
+
+def test_parameters_that_training_gathers_as_it_goes_are_whole_before_they_are_read(model: Any) -> None:
+    """A wrapper as megatron-core's for data parallelism, whose forward pass would gather them."""
+
+    class Gathering(torch.nn.Module):
+        ddp_config = SimpleNamespace(overlap_param_gather=True)
+
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module, self.calls = module, []
+
+        def disable_forward_pre_hook(self) -> None:
+            self.calls.append("gathered")
+
+        def enable_forward_pre_hook(self) -> None:
+            self.calls.append("as before")
+
+    wrapper = Gathering(model[0])
+    running = engine(wrapper).run([Request(PROMPTS[0], Sampling(max_new_tokens=2))])
+    assert wrapper.calls == []
+    (done,) = running
+    assert wrapper.calls == ["gathered", "as before"]
+    assert done.token_ids == answers(model, Sampling(max_new_tokens=2))[0].token_ids

@@ -20,10 +20,11 @@ from torch import Tensor
 from megapatch.models.cli import UserError
 from megapatch.models.generation.agreement import Agreement, default_group
 from megapatch.models.generation.drafts import Drafts
-from megapatch.models.generation.executors import Executor, ExecutorKind, executor_for, unwrapped_chunks
+from megapatch.models.generation.executors import Executor, ExecutorKind, chunks_of, evaluating, executor_for
 from megapatch.models.generation.sequences import Completion, Growing, OnPiece, Told
 from megapatch.models.generation.slots import Reading, Slots, wanted_logits
 from megapatch.models.layers.kv_cache import KeyValueCache
+from megapatch.models.load import unwrapped
 from megapatch.models.request import Request, Sampling
 from megapatch.models.tokenizer import Tokenizer
 
@@ -76,7 +77,8 @@ class Engine:
         answered stays the same, and comes sooner where it often guesses right.
         ``on_step`` is called after every forward pass, ``on_piece`` with every token.
         """
-        self.chunks, drafting = unwrapped_chunks(model), unwrapped_chunks(draft)
+        self.given = [*chunks_of(model), *chunks_of(draft)]
+        self.chunks, drafting = ([unwrapped(chunk) for chunk in chunks_of(one)] for one in (model, draft))
         self.draft_tokens = draft_tokens
         config = self.chunks[0].config
         if config.context_parallel_size > 1:
@@ -94,7 +96,6 @@ class Engine:
         self.draft = executor_for(drafting, executor, batch_size if packed else 0) if drafting else None
         if drafting:
             self._check_draft(drafting)
-        self.all_chunks = [*self.chunks, *drafting]
         self.batch_size = self.agreement.least(self._fitting(batch_size, cache_bytes))
         self.statistics = Statistics()
 
@@ -135,17 +136,11 @@ class Engine:
 
         Requests are read as slots become free. Weights must not change before the last completion is taken.
         """
-        modes = [chunk.training for chunk in self.all_chunks]
-        for chunk in self.all_chunks:
-            chunk.eval()
-        try:
+        with evaluating(self.given):
             for executor in (self.executor, self.draft):
                 if executor:
                     executor.refresh()
             yield from self._run(self._growing(requests))
-        finally:
-            for chunk, mode in zip(self.all_chunks, modes, strict=True):
-                chunk.train(mode)
 
     def _growing(self, requests: Iterable[Request]) -> Iterator[Growing]:
         """A sequence for each sample of each request."""

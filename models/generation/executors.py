@@ -76,11 +76,28 @@ def _without_prediction(chunk: Any) -> Iterator[None]:
         config.mtp_num_layers, chunk.mtp_process = layers, had
 
 
-def unwrapped_chunks(model: torch.nn.Module | Sequence[torch.nn.Module] | None) -> list[Any]:
-    """The GPTModels of a model's chunks."""
-    if model is None:
-        return []
-    return [unwrapped(chunk) for chunk in (model if isinstance(model, Sequence) else [model])]
+def chunks_of(model: torch.nn.Module | Sequence[torch.nn.Module] | None) -> list[Any]:
+    """A model's chunks, as they are wrapped."""
+    return list(model) if isinstance(model, Sequence) else [] if model is None else [model]
+
+
+@contextmanager
+def evaluating(given: Sequence[Any]) -> Iterator[None]:
+    """Chunks of models in evaluation mode, and whole where training gathers their parameters as it goes."""
+    chunks = [unwrapped(chunk) for chunk in given]
+    modes = [chunk.training for chunk in chunks]
+    gathering = [chunk for chunk in given if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False)]
+    for wrapper in gathering:
+        wrapper.disable_forward_pre_hook()  # which brings the parameters up to date
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, mode in zip(chunks, modes, strict=True):
+            chunk.train(mode)
+        for wrapper in gathering:
+            wrapper.enable_forward_pre_hook()
 
 
 def executor_for(chunks: list[Any], kind: ExecutorKind, pack_for: int) -> Executor:

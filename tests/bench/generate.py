@@ -5,8 +5,9 @@
 
 Prints one JSON object for each batch size: how many times as fast ours is (the median of the rounds, of wall and of
 processor time), the prompt included; tokens/s of both; the share of tokens that are the same (all of them in fp32, or
-it fails); and, of the time that reading all weights takes, the share of a step of ours. Models are random, by default a
-Llama of 125 million parameters. --mixed: so many requests of different lengths, transformers' in batches with padding.
+it fails); of the time that reading all weights takes, the share of a step of ours; and the largest difference between
+log-probabilities of the first prompt's tokens in the batch and alone. Models are random, by default a Llama of 125
+million parameters. --mixed: so many requests of different lengths, transformers' in batches with padding.
 """
 
 import argparse
@@ -115,9 +116,13 @@ def compare(theirs: Any, ours: Any, prompts: Prompts, batch: int, args: argparse
     longest = max(len(prompt) + new for prompt, new in prompts)
     engine = Engine(ours, vocab_size=SIZES["vocab_size"], max_length=longest, batch_size=batch, executor=args.executor)
 
+    logprobs: list[float] = []  # of the first request
+
     def with_megapatch(tick: Tick) -> list[list[int]]:
         engine.on_step = lambda _: tick()
-        return [completion.token_ids for completion in engine.generate(requests)]
+        done = engine.generate(requests)
+        logprobs[:] = done[0].logprobs
+        return [completion.token_ids for completion in done]
 
     weights = [weight for weight in theirs.parameters() if weight is not theirs.get_input_embeddings().weight]
     sides = {
