@@ -167,7 +167,7 @@ def _planned(options: Options, source: Any, stack: ExitStack) -> tuple[Any, Any]
 
 def _run(options: Options, source: Any, work: list[Any], journal: Any, device: Any) -> None:
     from megapatch.tools.generate.loading import engine, load
-    from megapatch.tools.generate.progress import Progress, closing_line
+    from megapatch.tools.generate.progress import Progress, closing_line, most_tokens
     from megapatch.tools.generate.results import Clock, Results
 
     clock = Clock()
@@ -184,22 +184,21 @@ def _run(options: Options, source: Any, work: list[Any], journal: Any, device: A
         _run_reference(options, source, results, device)
         return
     longest = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
-    progress = Progress(requests, "texts" if any(task.prompt.request.sampling.n > 1 for task in work) else "prompts")
+    what = "texts" if any(task.prompt.request.sampling.n > 1 for task in work) else "prompts"
+    progress = Progress([most_tokens(request) for request in requests], what, quiet=journal is None)
     made = engine(
         options,
         source,
         load(options, source, device),
-        min(longest, options.context_length or longest),
+        min(longest, options.context_length or source.max_length),
         batch_size=min(options.batch_size, len(requests)),
         on_step=progress.on_step,
         on_piece=clock.on_piece if options.timings else None,
     )
-    try:
+    with progress:
         for completion in made.run(clock.watched(requests)):
             progress.done(completion)
             results.take(completion)
-    finally:
-        progress.close()
     log.info("%s", closing_line(made.statistics))
 
 

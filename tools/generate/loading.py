@@ -105,7 +105,10 @@ def load(options: Loading, source: Source, device: Any) -> list[Any]:
 
 
 def engine(options: Loading, source: Source, chunks: list[Any], max_length: int, **settings: Any) -> Any:
-    """The Engine that continues sequences of up to ``max_length`` tokens; every process of the layout must call."""
+    """The Engine for sequences of up to ``max_length`` tokens; every process of the layout must call.
+
+    The last token of a sequence is not read, so it may lie one place beyond the positions that the model has.
+    """
     import torch.distributed as dist
 
     from megapatch.models.generation.engine import Engine
@@ -113,7 +116,7 @@ def engine(options: Loading, source: Source, chunks: list[Any], max_length: int,
     return Engine(
         chunks,
         vocab_size=source.vocab_size,
-        max_length=min(max_length, source.max_length),
+        max_length=max_length,
         cache_bytes=options.cache_bytes,
         tokenizer=source.tokenizer,
         group=dist.group.WORLD,

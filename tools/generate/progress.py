@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,21 @@ log = logging.getLogger(__name__)
 EVERY_S = 10.0
 
 
+def most_tokens(request: Request) -> int:
+    """Tokens that a request reads and generates, at most; the last one is not read."""
+    return len(request.prompt) + max(0, request.sampling.max_new_tokens - 1)
+
+
+def _tokens(statistics: "Statistics") -> int:
+    return statistics.prefill_tokens + statistics.shared_tokens + statistics.decode_tokens
+
+
 class Progress:
     """Tokens read and generated, of as many as there may be; what ends early is taken off."""
 
-    def __init__(self, requests: Sequence[Request], what: str = "prompts", quiet: bool = False) -> None:
-        self._most = [len(request.prompt) + max(0, request.sampling.max_new_tokens - 1) for request in requests]
-        self._left = sum(self._most)
+    def __init__(self, most: Sequence[int], what: str = "prompts", quiet: bool = False) -> None:
+        """``most``: tokens of each, at most; ``quiet``: for processes that tell nothing."""
+        self._most, self._left = most, sum(most)
         self._what, self._quiet = what, quiet
         self.num_done = self._tokens = 0
         self._started = self._told = time.monotonic()
@@ -37,7 +46,10 @@ class Progress:
 
     def on_step(self, statistics: "Statistics") -> None:
         """Tell, every now and then."""
-        self._tokens = statistics.prefill_tokens + statistics.shared_tokens + statistics.decode_tokens
+        self._step(_tokens(statistics))
+
+    def _step(self, tokens: int) -> None:
+        self._tokens = tokens
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._tokens - self._bar.n)
@@ -55,6 +67,21 @@ class Progress:
         if self._bar is not None:
             self._bar.total = self._left
             self._bar.set_description_str(self._so_far())
+
+    def following(self, before: "Statistics") -> Callable[["Statistics"], None]:
+        """``on_step`` for an engine that has run before, with these statistics."""
+        start = _tokens(before)
+
+        def on_step(statistics: "Statistics") -> None:
+            self._step(_tokens(statistics) - start)
+
+        return on_step
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Take the bar away."""
