@@ -2,12 +2,14 @@
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python tests/bench/generate.py llama --batch-sizes 1 8 32 --rounds 5
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python tests/bench/generate.py llama --mixed 48 --rounds 3
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tests/bench/generate.py llama --tp 2 --batch-sizes 8
 
 Prints one JSON object for each batch size: how many times as fast ours is (the median of the rounds, of wall and of
 processor time), the prompt included; tokens/s of both; the share of tokens that are the same (all of them in fp32, or
 it fails); of the time that reading all weights takes, the share of a step of ours; and the largest difference between
 log-probabilities of the first prompt's tokens in the batch and alone. Models are random, by default a Llama of 125
-million parameters. --mixed: so many requests of different lengths, transformers' in batches with padding.
+million parameters. --mixed: so many requests of different lengths, transformers' in batches with padding. --tp: ours in
+so many processes of a thread each, transformers' in one of as many threads, one after the other.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from turns import Tick, Turns
 
 from megapatch.models import device, parallel
@@ -62,15 +65,19 @@ def main() -> int:
     made.add_argument("--new-tokens", type=int, default=128)
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--layers", type=int)
+    made.add_argument("--tp", type=int, default=1)
     made.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     made.add_argument("--executor", choices=["auto", "lean", "module"], default="auto")
     args = made.parse_args()
     found = device.start()
-    layout = parallel.Parallel()
+    layout = parallel.Parallel(tp=args.tp)
     parallel.start(layout, found)
     device.seed_everything(0, 0)
     theirs, ours = models(args, layout, found)
-    if args.mixed:
+    if args.tp > 1:
+        for batch in args.batch_sizes:
+            cut(theirs, ours, batch, args)
+    elif args.mixed:
         batch = args.batch_sizes[0] if args.batch_sizes != [1, 8, 32] else 8
         print(json.dumps(compare(theirs, ours, mixed(args.mixed), batch, args)), flush=True)
     else:
@@ -99,11 +106,15 @@ def models(args: argparse.Namespace, layout: parallel.Parallel, found: device.De
     kind, sizes = MODELS[args.model]
     config = AutoConfig.for_model(kind, **sizes | ({"num_hidden_layers": args.layers} if args.layers else {}))
     theirs = AutoModelForCausalLM.from_config(config).to(DTYPES[args.precision]).to(found.torch).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        hf = json.loads((Path(folder) / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as own:
+        box = [own]
+        dist.broadcast_object_list(box)  # transformers writes in the first process only
+        theirs.save_pretrained(box[0])
+        dist.barrier()
+        hf = json.loads((Path(box[0]) / "config.json").read_text())
         chunks = build(hf, ModelOptions(layout, found, args.precision))
-        load_hf(chunks, Path(folder), hf)
+        load_hf(chunks, Path(box[0]), hf)
+        dist.barrier()
     return theirs, chunks
 
 
@@ -145,6 +156,33 @@ def compare(theirs: Any, ours: Any, prompts: Prompts, batch: int, args: argparse
         "batch_size": batch,
         "same_tokens": round(same, 4),
     }
+
+
+def cut(theirs: Any, ours: Any, batch: int, args: argparse.Namespace) -> None:
+    """Print the ratio of the times of both, where ours is cut over processes."""
+    from megapatch.models.generation.engine import complete
+    from megapatch.models.request import Sampling
+
+    drawn = random.Random(0)
+    prompts = [[drawn.randrange(1, SIZES["vocab_size"]) for _ in range(args.prompt_tokens)] for _ in range(batch)]
+    longest, ratios = args.prompt_tokens + args.new_tokens, []
+    for _ in range(args.rounds):
+        dist.barrier()
+        started = time.perf_counter()
+        settings = {"vocab_size": SIZES["vocab_size"], "max_length": longest, "batch_size": batch}
+        found = complete(ours, prompts, Sampling(max_new_tokens=args.new_tokens), **settings)
+        seconds = time.perf_counter() - started
+        dist.barrier()
+        if dist.get_rank() == 0:
+            torch.set_num_threads(args.tp)
+            started = time.perf_counter()
+            expected = with_transformers(theirs, [(prompt, args.new_tokens) for prompt in prompts], batch, lambda: None)
+            ratios.append((time.perf_counter() - started) / seconds)
+            torch.set_num_threads(1)
+            assert args.precision != "fp32" or [one.token_ids for (one,) in found] == expected
+    if dist.get_rank() == 0:
+        each = [round(ratio, 2) for ratio in ratios]
+        print(json.dumps({"tp": args.tp, "batch_size": batch, "times_as_fast": statistics.median(each), "each": each}))
 
 
 def summary(rounds: list[Turns], shares: list[float], tokens: int) -> dict[str, Any]:
