@@ -109,6 +109,19 @@ def test_log_probabilities_are_those_of_the_trainers_forward_pass(model: Any) ->
             )
 
 
+def test_each_request_is_told_as_many_alternatives_as_it_asked_for(model: Any) -> None:
+    asked = [3, 0, 1, 5, 2]
+    requests = [
+        Request(prompt, Sampling(max_new_tokens=4, top_logprobs=top, prompt_logprobs=True))
+        for prompt, top in zip(PROMPTS, asked, strict=True)
+    ]
+    for done, top in zip(engine(model, batch_size=5).generate(requests), asked, strict=True):
+        expected = [top] * 4 if top else []
+        assert [len(one) for one in done.top_logprobs] == expected
+        assert {len(one) for one in done.prompt_top_logprobs} <= {top}
+        assert len(done.prompt_logprobs) == len(done.request.prompt) - 1
+
+
 def test_a_prompt_can_be_scored_without_an_answer(model: Any) -> None:
     scored = answers(model, Sampling(max_new_tokens=0, prompt_logprobs=True))
     asked = answers(model, Sampling(max_new_tokens=3, prompt_logprobs=True))
