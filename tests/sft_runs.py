@@ -20,7 +20,7 @@ from megapatch.tools.preprocess.preprocess_chat import main as preprocess_chat
 
 ROW, ROWS = 128, 8
 VOCABULARY = 723  # odd, and more than the tokenizer has
-WORDS = f"--train-iters 4 --seq-length {ROW} --lr 1e-3 --micro-batch-size 1 --timeout-s 60"
+WORDS = f"--train-iters 4 --seq-length {ROW} --lr 1e-3 --micro-batch-size 1 --timeout-s 300"
 
 
 def chats(number: int, *, weighted: bool = False, seed: int = 0) -> list[dict[str, Any]]:

@@ -243,6 +243,11 @@ REFUSED = {  # what: (arguments of mp-pretrain, exit status, part of the message
     "adapter and rank": ("--lora-from DIR/peft --lora-rank 4", 2, "--lora-rank: not with --lora-from"),
     "adapter that is not there": ("--lora-from DIR/peft", 1, "adapter_config.json"),
     "kind of adapter": ("--lora-from DIR/dora", 1, "adapter_config.json: use_dora is True, which is not supported"),
+    "adapter beside changed weights": (
+        "--lora-from DIR/pissa",
+        1,
+        "adapter_config.json: init_lora_weights is 'pissa', which",
+    ),
     "rank of none": ("--lora-rank 0", 2, "--lora-rank 0: must be at least 1"),
     "unknown layer": ("--lora-rank 2 --lora-targets w1", 1, "--lora-targets w1: the model has down_proj, gate_proj"),
     "another rank": (LORA.replace("rank 4", "rank 2") + " --train-iters 6", 1, "--lora-rank was 4, now 2"),
@@ -255,8 +260,9 @@ def test_what_cannot_be_is_refused_in_one_line(
     folder: Path, alone: dict[str, dict], case: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     words, status, message = REFUSED[case]
-    (tmp_path / "dora").mkdir()
-    (tmp_path / "dora" / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
+    for name, what in {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **what}))
     words = words.replace("DIR", str(tmp_path))
     save = "runs/all" if "train-iters" in words else str(tmp_path / "run")
     try:

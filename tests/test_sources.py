@@ -12,6 +12,7 @@ from megapatch.models import device
 device.start()  # before megatron-core is imported
 
 from megapatch.trainer import sources  # noqa: E402
+from megapatch.trainer.sample_places import Samples  # noqa: E402
 
 BLEND = "--data-path 0.7 DIR/data 0.3 DIR/other --split 80,20 --eval-interval 2 --eval-iters 1 --log-sample-ids"
 BLEND += " --lr 1e-2 --global-batch-size 16"
@@ -109,3 +110,10 @@ def test_tokens_count_by_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     by_row(losses, weights)
     told.clear()
     assert told.said == {"loss_of": {}}
+
+
+@pytest.mark.parametrize(("remember", "read"), [(True, {0, 1}), (False, set())])
+def test_samples_are_remembered_only_where_somebody_asks(remember: bool, read: set[int]) -> None:
+    samples = Samples(["a", "b"], lambda *_: {}, remember=remember)
+    assert [samples[place] for place in (0, 1, 1)] == ["a", "b", "b"]
+    assert samples.read == read

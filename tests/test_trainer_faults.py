@@ -251,7 +251,7 @@ def test_a_signal_while_everything_loads_saves_after_one_step(folder: Path, tmp_
     run = subprocess.Popen([*script, *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     wait(run, lambda: catches(run.pid, signal.SIGUSR1))
     run.send_signal(signal.SIGUSR1)
-    said = run.communicate(timeout=120)[1]
+    said = run.communicate(timeout=500)[1]
     assert run.returncode == 0, said
     assert log_of(tmp_path / "run")[-1]["reason"] == "signal 10"
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "1"
@@ -286,7 +286,7 @@ def test_torchrun_restarts_a_killed_rank_and_passes_sigterm_on(folder: Path, tmp
     workers[1].kill()
     wait(run, lambda: len(events(log_of(save), "resume")) == 1 and log_of(save)[-1]["event"] == "train")
     run.send_signal(signal.SIGTERM)
-    said = run.communicate(timeout=120)[1]
+    said = run.communicate(timeout=500)[1]
     records = log_of(save)
     assert records[-1]["reason"] == "signal 15", said
     resumed = events(records, "resume")[0]["step"]
@@ -300,7 +300,7 @@ def test_torchrun_restarts_a_killed_rank_and_passes_sigterm_on(folder: Path, tmp
 
 def test_under_torchrun_a_mistake_is_told_once(folder: Path, tmp_path: Path) -> None:
     run = torchrun(arguments(folder, "dense", str(tmp_path / "run"), "--split 0,1"), "--monitor-interval", "0.1")
-    said = run.communicate(timeout=120)[1].splitlines()
+    said = run.communicate(timeout=500)[1].splitlines()
     message = "mp-pretrain[0]: error: --split 0,1: leaves nothing to train on"
     assert run.returncode == 1
     assert said[0] == message

@@ -17,7 +17,7 @@ from megapatch.trainer import locks
 from megapatch.trainer.pretrain import main
 
 SCRIPT = [sys.executable, "-m", "megapatch.trainer.pretrain"]
-LONG = "--train-iters 100000 --log-interval 100000 --watchdog-s 5 --async-save --save-interval 20 --keep 2"
+LONG = "--train-iters 100000 --log-interval 100000 --watchdog-s 12 --async-save --save-interval 20 --keep 2"
 
 
 @pytest.fixture(scope="module")

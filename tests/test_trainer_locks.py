@@ -1,17 +1,21 @@
 """Runs that share a folder: one writes checkpoints, one builds indices, and a killed one is in nobody's way."""
 
+import errno
+import fcntl
 import os
 import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from trainer_runs import ROOT
 
 from megapatch.models.cli import UserError
-from megapatch.trainer import locks
+from megapatch.trainer import locks, made_data, signals
 from megapatch.trainer.built_once import built_once
 
 WORKER = [sys.executable, str(ROOT / "tests" / "lock_worker.py")]
@@ -89,6 +93,31 @@ def test_files_are_made_into_data_once_whoever_races_or_is_killed(tmp_path: Path
     assert (tmp_path / "builds").read_text() == "xx"
 
 
+def test_a_signal_ends_the_wait_for_another_run_and_asks_for_another_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "text").write_text("some")
+    options: Any = SimpleNamespace(data_cache=tmp_path / "cache", requeue_file=tmp_path / "requeue")
+    monkeypatch.setattr(signals, "_asked", [10])
+    message = f"signal 10: left while another run builds in {tmp_path}/cache; run again to go on"
+    with locks.alone_in(tmp_path / "cache"), pytest.raises(UserError, match=message):
+        made_data.make(options, made_data.Maker("none", "none", "text", ()), [str(tmp_path / "text")], tmp_path)
+    assert (tmp_path / "requeue").exists()
+
+
+def test_an_error_of_the_disk_is_not_taken_for_another_run_that_was_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"), built_once(tmp_path / "cache" / "indices") as folder:
+        (folder / "index").touch()
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_what_a_killed_builder_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -115,9 +144,6 @@ def test_a_complete_folder_on_a_disk_that_is_read_only_is_used(tmp_path: Path) -
 def test_a_file_system_without_locks_is_told_and_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import errno
-    import fcntl
-
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

@@ -19,7 +19,7 @@ from megapatch.trainer.pretrain import main
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # any free port
-WORDS = "--train-iters 4 --seq-length 32 --global-batch-size 8 --micro-batch-size 2 --lr 1e-3 --timeout-s 60"
+WORDS = "--train-iters 4 --seq-length 32 --global-batch-size 8 --micro-batch-size 2 --lr 1e-3 --timeout-s 300"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 VOCABULARY = 511  # odd: tensor parallelism does not divide it
 

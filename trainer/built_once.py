@@ -1,6 +1,5 @@
 """Folders that are made once, however many runs want them at the same time: complete or absent. Imports no torch."""
 
-import contextlib
 import os
 import platform
 import shutil
@@ -47,6 +46,9 @@ def _put(folder: Path, final: Path) -> None:
     for path in folder.iterdir():
         commit.fsync(path)
     commit.fsync(folder)
-    with contextlib.suppress(OSError):  # without locks, another run may have been faster; its content is the same
+    try:
         os.rename(folder, final)
+    except OSError:
+        if not final.is_dir():  # without locks, another run may have been faster; its content is the same
+            raise
     commit.fsync(final.parent)

@@ -7,7 +7,17 @@ from typing import Any
 from megapatch.models import commit
 from megapatch.trainer.options import TrainOptions
 
-DECIDES = ("train_iters", "eval_iters", "seq_length", "data_path", "data", "test_data_path", "test_data", "split")
+DECIDES = (
+    "train_iters",
+    "eval_iters",
+    "global_batch_size",
+    "seq_length",
+    "data_path",
+    "data",
+    "test_data_path",
+    "test_data",
+    "split",
+)
 
 
 def _path(options: TrainOptions) -> Path:

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,16 +48,20 @@ def release(folder: Path) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[int]:
+def alone_in(folder: Path, asked: Callable[[], int] = int) -> Iterator[int]:
     """A block that one process at a time is in, of those that name the folder; the others wait.
 
-    Its lock, a descriptor, is held by whom it is passed on to as well.
+    Its lock, a descriptor, is held by whom it is passed on to as well. A signal that ``asked`` gives ends the waiting
+    (UserError).
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         if not _locked(descriptor, folder):
             log.info("%s: waiting for another run that builds here", folder)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            while not _locked(descriptor, folder):
+                if signal := asked():
+                    raise UserError(f"signal {signal}: left while another run builds in {folder}; run again to go on")
+                time.sleep(0.1)
         yield descriptor
     finally:
         os.close(descriptor)

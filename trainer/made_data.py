@@ -67,9 +67,13 @@ def make(options: TrainOptions, maker: Maker, files: list[str], tokenizer: Path)
     if manifest_path(prefix).exists():
         return prefix
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with alone_in(prefix.parent) as lock:
-        if not manifest_path(prefix).exists():
-            _make(options, maker, files, _arguments(maker, files, tokenizer, prefix), lock)
+    try:
+        with alone_in(prefix.parent, signals.asked) as lock:
+            if not manifest_path(prefix).exists():
+                _make(options, maker, files, _arguments(maker, files, tokenizer, prefix), lock)
+    finally:
+        if signals.asked() and options.requeue_file:  # what is read so far is kept
+            options.requeue_file.touch()
     return prefix
 
 
@@ -78,8 +82,6 @@ def _make(options: TrainOptions, maker: Maker, files: list[str], arguments: list
     log.info("%s: through %s, into %s", named, maker.tool, options.data_cache)
     status = _run([*maker.command, *arguments], lock)
     if signals.asked():
-        if options.requeue_file:  # what is read so far is kept
-            options.requeue_file.touch()
         raise UserError(f"signal {signals.asked()}: left while {named} was read; run again to go on")
     if status:
         raise UserError(f"{named}: {maker.tool} ended with status {status}; it said why above")

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from megapatch.models import commit
 from megapatch.models.cli import UserError
-from megapatch.trainer.flops import flops_per_token as flops_per_token
 
 
 class Sink(Protocol):

@@ -166,7 +166,7 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
     options, vocab_size = session.options, family.vocab_size(session.hf)
     assert isinstance(options, PretrainOptions)
     dataset, valid, test = data.build_datasets(options, plan.tokenizer)
-    train = Samples(dataset, in_corpus)
+    train = Samples(dataset, in_corpus, remember=options.log_sample_ids)
     batches = partial(data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)
     trained = BySource(sources(dataset), session.device.torch)
     validated, tested = (

@@ -9,14 +9,15 @@ Place = dict[str, Any]  # "prefix": of the .bin/.idx pair, "documents": their nu
 
 
 class Samples:
-    """A dataset that remembers which samples were read, and can say where they come from."""
+    """A dataset that can say where samples come from, and with ``remember`` which were read."""
 
-    def __init__(self, dataset: Any, place: Callable[[Any, int], Place]) -> None:
-        self._dataset, self._place = dataset, place
-        self.read: set[int] = set()
+    def __init__(self, dataset: Any, place: Callable[[Any, int], Place], *, remember: bool) -> None:
+        self._dataset, self._place, self._remember = dataset, place, remember
+        self.read: set[int] = set()  # since ``read_by_all``
 
     def __getitem__(self, sample: int) -> Any:
-        self.read.add(int(sample))
+        if self._remember:
+            self.read.add(int(sample))
         return self._dataset[sample]
 
     def __len__(self) -> int:

@@ -9,8 +9,9 @@ from megapatch.models import family
 from megapatch.models.layers.spec import mixture_layers
 from megapatch.trainer import sft_data
 from megapatch.trainer.adapters import num_trained
+from megapatch.trainer.flops import flops_per_token
 from megapatch.trainer.loop import Trainer
-from megapatch.trainer.metrics import Log, flops_per_token
+from megapatch.trainer.metrics import Log
 from megapatch.trainer.pretrain import Plan
 from megapatch.trainer.sample_places import Samples, in_conversations
 from megapatch.trainer.session import Session
@@ -51,7 +52,7 @@ def make_trainer(session: Session, records: Log, plan: Plan) -> SftTrainer:
                 *(split, about["prefix"], about["conversations"], about["rows"], about["fill_percent"]),
                 *(about["truncated"], about["lost_tokens"]),
             )
-    read: Any = Samples(samples, in_conversations)
+    read: Any = Samples(samples, in_conversations, remember=options.log_sample_ids)
     made = partial(GlobalBatch, options=options, vocab_size=vocab_size)
     trained, validated = (BySource(blend.names, session.device.torch) for blend in (samples, held))
     trainer = SftTrainer(
