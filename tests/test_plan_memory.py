@@ -66,7 +66,7 @@ TWO = [  # and what cuts the model over two processes
     ("latent", "bf16", 2, None, {"pp": 2}),
 ]
 BATCH, LENGTH = 8, 256
-QUICK = 4  # cases of each kind in the default suite
+QUICK = {1: 4, 2: 1}  # processes: cases in the default suite
 
 
 def planned(model: str, precision: Any, samples: int, again: str | None, layout: dict[str, Any], world: int) -> list:
@@ -131,25 +131,25 @@ def found(folder: Path) -> Callable[[list, int], dict[str, list[int]]]:
 
 def _rows(quick: bool, processes: int) -> list:
     rows = ONE if processes == 1 else TWO
-    return rows[:QUICK] if quick else rows[QUICK:]
+    return rows[: QUICK[processes]] if quick else rows[QUICK[processes] :]
 
 
-def parameters(rows: list) -> list:
+def parameters(processes: int) -> list:
     """The first few cases, and the others as slow ones."""
-    return [
-        pytest.param(row, n < QUICK, id=name_of(*row), marks=[] if n < QUICK else pytest.mark.slow)
-        for n, row in enumerate(rows)
+    quick = [pytest.param(row, True, id=name_of(*row)) for row in _rows(True, processes)]
+    return quick + [
+        pytest.param(row, False, id=name_of(*row), marks=pytest.mark.slow) for row in _rows(False, processes)
     ]
 
 
-@pytest.mark.parametrize(("case", "quick"), parameters(ONE))
+@pytest.mark.parametrize(("case", "quick"), parameters(1))
 def test_a_process_holds_what_was_planned(found: Callable, case: tuple, quick: bool) -> None:
     need, bytes_ = planned(*case, {}, 1)[0], found(quick, 1)[name_of(*case)][0]
     print(f"planned {need.total:,}, measured {bytes_:,}, ratio {need.total / bytes_:.4f}: {need}")
     assert need.total == pytest.approx(bytes_, rel=0.02)
 
 
-@pytest.mark.parametrize(("case", "quick"), parameters(TWO))
+@pytest.mark.parametrize(("case", "quick"), parameters(2))
 def test_ranks_hold_what_was_planned(found: Callable, case: tuple, quick: bool) -> None:
     needs = planned(*case, 2)
     for rank, bytes_ in enumerate(found(quick, 2)[name_of(*case)]):

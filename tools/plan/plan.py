@@ -16,7 +16,8 @@ from megapatch.models.cli import Common, UserError, opt, run
 from megapatch.tools.plan import machines, tell
 
 if TYPE_CHECKING:
-    from megapatch.tools.plan.search import Asked, Found, Plan
+    from megapatch.tools.plan.search import Found, Plan
+    from megapatch.tools.plan.ways import Asked
 
 log = logging.getLogger(__name__)
 GIB = 2**30
@@ -159,7 +160,7 @@ def ask(options: Options, hf: dict[str, Any], machine: machines.Machine, budget:
     device.hide_gpus()
     found = device.start("cpu")
     from megapatch.models.planning.stand_ins import Pretended
-    from megapatch.tools.plan.search import Asked
+    from megapatch.tools.plan.ways import Asked
 
     share = options.host_memory_gib
     return Asked(
@@ -183,7 +184,8 @@ def progressing(asked: "Asked", workers: int) -> "list[Found]":
     """All plans that fit, found by so many processes, with a bar."""
     from tqdm import tqdm
 
-    from megapatch.tools.plan.search import groups, layouts, least_bytes, search
+    from megapatch.tools.plan.search import search
+    from megapatch.tools.plan.ways import groups, layouts, least_bytes
 
     every = list(layouts(asked))
     if not every:

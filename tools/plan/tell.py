@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from megapatch.models.cli import versions
 
 if TYPE_CHECKING:
-    from megapatch.tools.plan.search import Asked, Plan
+    from megapatch.tools.plan.search import Plan
+    from megapatch.tools.plan.ways import Asked
 
 GIB = 2**30
 PARTS = ("weights", "gradients", "optimizer", "activations")
