@@ -79,7 +79,7 @@ class Engine:
         """
         self.given = [*chunks_of(model), *chunks_of(draft)]
         self.chunks, drafting = ([unwrapped(chunk) for chunk in chunks_of(one)] for one in (model, draft))
-        self.draft_tokens = draft_tokens
+        self.draft_tokens, self.budgeted = draft_tokens, cache_bytes is not None
         config = self.chunks[0].config
         if config.context_parallel_size > 1:
             raise UserError(
@@ -151,7 +151,7 @@ class Engine:
                 yield Growing(number, one, self.max_length, self.tokenizer)
 
     def _cache(self) -> KeyValueCache:
-        return KeyValueCache(self.batch_size, self.max_length, self.device, self.multiple)
+        return KeyValueCache(self.batch_size, self.max_length, self.device, self.multiple, self.budgeted)
 
     def _run(self, waiting: Iterator[Growing]) -> Iterator[Completion]:
         cache, drafts = self._cache(), self._drafts()

@@ -48,12 +48,17 @@ class Kept(NamedTuple):
 class KeyValueCache(BaseInferenceContext):
     """What the layers remember of ``slots`` sequences, and which tokens of them the next forward pass brings."""
 
-    def __init__(self, slots: int, max_sequence_length: int, device: torch.device, multiple: int = 1) -> None:
-        """``multiple``: the number of tokens of a pass is rounded up to it (the size of sequence parallelism)."""
+    def __init__(
+        self, slots: int, max_sequence_length: int, device: torch.device, multiple: int = 1, whole: bool = False
+    ) -> None:
+        """``multiple``: the number of tokens of a pass is rounded up to it (the size of sequence parallelism).
+
+        ``whole``: buffers have their last size from the beginning, so that none is ever there twice, to be enlarged.
+        """
         super().__init__(materialize_only_last_token_logits=True)
         self.max_sequence_length = max_sequence_length  # megatron-core makes rotary embeddings for so many positions
         self.slots, self.device, self.multiple = slots, device, multiple
-        self.capacity = 0  # positions that the buffers have room for
+        self.capacity = max_sequence_length if whole else 0  # positions that the buffers have room for
         self.layers: dict[int, tuple[Kept, Tensor, Tensor]] = {}  # keys [slots, g, m, d], values [slots, g, m, w]
         self.masks: dict[int, Tensor] = {}  # by the number of positions
         self._rotary: Tensor | None = None
