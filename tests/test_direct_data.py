@@ -8,7 +8,7 @@ import pytest
 import trainer_runs
 from trainer_runs import arguments, corpus, events, log_of, model
 
-from megapatch.models import cli
+from megapatch.models import cli, core_files
 from megapatch.models.indexed_data import bin_path, idx_path
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.trainer import made_data, named_data, signals
@@ -102,6 +102,23 @@ def test_what_is_tested_after_the_last_step_is_kept_and_not_done_again(folder: P
     other = words(folder, tmp_path, "--data-path {}/data --split 80,10 --test-data-path {}/b")
     assert main(other) == 0
     assert events(log_of(tmp_path), "test")[-1]["loss"] != first["loss"]
+
+
+def test_a_resumed_run_tells_that_its_data_are_others(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    file, run, message = tmp_path / "text.jsonl", tmp_path / "run", ": not the data of the run so far: some may be"
+    file.write_text((folder / "a.jsonl").read_text())
+    given = words(folder, run, f"--data {file}", "--save-interval 2 --lr 1e-5")
+    for text, told in {"": False, '{"text": "another document"}\n': True}.items():
+        assert main(given) == 0
+        core_files.write_tracker(run, 2)
+        file.write_text(file.read_text() + text)
+        capfd.readouterr()
+        assert main(given) == 0
+        said = capfd.readouterr().err
+        assert (message in said) == told, said
+        assert "resuming from" in said
 
 
 def test_it_is_the_loss_that_validation_on_the_same_data_has(folder: Path, tmp_path: Path) -> None:

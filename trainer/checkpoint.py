@@ -21,7 +21,7 @@ from megapatch.models.family import HfConfig
 from megapatch.models.load import hf_folder, sharded_state
 from megapatch.models.parallel import Parallel
 from megapatch.models.tokenizer import copy_tokenizer, find_tokenizer
-from megapatch.trainer import adapters, locks, optimizer_state
+from megapatch.trainer import adapters, data_cache, locks, optimizer_state
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.session import Session
@@ -123,10 +123,12 @@ def state(session: Session, *, loading: bool, same_layout: bool = True) -> dict[
         state["opt_param_scheduler"] = session.schedule.state_dict()
         state |= {"checkpoint_version": 3.0, "iteration": session.step}
         state["megapatch"] = {
+            "tool": session.options.tool,
             "consumed_samples": session.consumed_samples,
             "updates": session.updates,
             "layout": layout(session.options),
             "order": _order(session.options),
+            "data": session.data,
             "precision": session.options.precision,
             "predicts": bool(session.options.mtp_loss_weight),
             **adapters.described(session.options, session.base),
@@ -162,12 +164,23 @@ def resume(session: Session, folder: Path) -> None:
     for i, model in enumerate(session.models):
         ours_of_model = loaded.get("model" if len(session.models) == 1 else f"model{i}", {})  # a chunk may be empty
         model.load_state_dict(ours_of_model, strict=session.options.lora is None)
-    session.updates = ours["updates"]
+    session.updates, session.data = ours["updates"], ours.get("data", "")
     optimizer_state.fill(session.optimizer, loaded["optimizer"], session.updates)
-    session.schedule.load_state_dict(common["opt_param_scheduler"])
+    schedule = common["opt_param_scheduler"]  # counts samples, its options are in steps
+    before = ours["order"].get("global_batch_size", session.options.global_batch_size)
+    steps = schedule["num_steps"] // before
+    session.schedule.load_state_dict(schedule | {"num_steps": steps * session.options.global_batch_size})
     session.step, session.consumed_samples = common["iteration"], ours["consumed_samples"]
     if same:
         session.device.set_generator_state(loaded["generators"])
+
+
+def reads(session: Session, prefixes: list[str]) -> None:
+    """What is trained on lies here; a warning where a resumed run had other content (every rank must call)."""
+    found = data_cache.key(prefixes, [])
+    if session.data not in ("", found):
+        warn(log, "%s: not the data of the run so far: some may be trained on again, some never", " ".join(prefixes))
+    session.data = found
 
 
 def _training_state(common: dict[str, Any], folder: Path, options: TrainOptions) -> dict[str, Any]:
@@ -175,6 +188,11 @@ def _training_state(common: dict[str, Any], folder: Path, options: TrainOptions)
     if "megapatch" not in common:
         raise UserError(f"{folder}: holds no training state; start from its weights with --model, and another --save")
     ours = common["megapatch"]
+    if (tool := ours.get("tool", options.tool)) != options.tool:
+        raise UserError(
+            f"{folder}: of a run of {tool}, which {options.tool} cannot continue; start from its weights with "
+            f"--model {folder}, and another --save"
+        )
     if ours["precision"] != options.precision:
         raise UserError(
             f"--precision was {ours['precision']}, now {options.precision}: such a run cannot be continued; "

@@ -156,7 +156,7 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
 
     from megapatch.models import family
     from megapatch.models.layers.spec import mixture_layers
-    from megapatch.trainer import data
+    from megapatch.trainer import checkpoint, data
     from megapatch.trainer.adapters import num_trained
     from megapatch.trainer.flops import flops_per_token
     from megapatch.trainer.loop import Trainer
@@ -165,7 +165,8 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
 
     options, vocab_size = session.options, family.vocab_size(session.hf)
     assert isinstance(options, PretrainOptions)
-    dataset, valid, test = data.build_datasets(options, plan.tokenizer)
+    dataset, valid, test = data.build_datasets(options, plan.tokenizer, session.num_samples)
+    checkpoint.reads(session, sources(dataset))
     train = Samples(dataset, in_corpus, remember=options.log_sample_ids)
     batches = partial(data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)
     trained = BySource(sources(dataset), session.device.torch)
@@ -242,7 +243,8 @@ def _record_start(session: "Session", records: "Log", plan: Plan) -> None:
 
     from megapatch.trainer.describe import resolved
 
-    log.info(f"{session.num_parameters:,} parameters on {dist.get_world_size()} processes")
+    world = dist.get_world_size()
+    log.info("%s parameters on %d process%s", f"{session.num_parameters:,}", world, "es" * (world > 1))
     if plan.resumed:
         records.write("resume", step=session.step, consumed_samples=session.consumed_samples)
     records.write(

@@ -47,6 +47,7 @@ class Session:
     step: int = 0  # optimizer steps done
     consumed_samples: int = 0
     updates: int = 0  # steps that changed the parameters: the others had numbers that are not finite
+    data: str = ""  # a name for the content of what is trained on
     base: adapters.Base | None = None  # with --lora-rank: the weights that the adapters are for
     aside: activations.Offload | None = None  # with --offload-activations
     held: HeldPeak | None = None  # on a CPU with something in host memory
@@ -56,6 +57,11 @@ class Session:
     def num_parameters(self) -> int:
         """Parameters of the whole model, a tied embedding counted once."""
         return num_parameters(self.hf if self.config.mtp_num_layers else plain(self.hf))
+
+    @property
+    def num_samples(self) -> int:
+        """Samples from the first step to the last, where earlier steps may have had another --global-batch-size."""
+        return self.consumed_samples + (self.options.train_iters - self.step) * self.options.global_batch_size
 
     @property
     def num_saved(self) -> int:

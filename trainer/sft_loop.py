@@ -7,7 +7,7 @@ from typing import Any
 
 from megapatch.models import family
 from megapatch.models.layers.spec import mixture_layers
-from megapatch.trainer import sft_data
+from megapatch.trainer import checkpoint, sft_data
 from megapatch.trainer.adapters import num_trained
 from megapatch.trainer.flops import flops_per_token
 from megapatch.trainer.loop import Trainer
@@ -42,7 +42,8 @@ def make_trainer(session: Session, records: Log, plan: Plan) -> SftTrainer:
     """The loop and its batches; every rank must call."""
     options, vocab_size = session.options, family.vocab_size(session.hf)
     assert isinstance(options, SftOptions)
-    samples, valid = sft_data.build(options, plan.tokenizer)
+    samples, valid = sft_data.build(options, plan.tokenizer, session.num_samples)
+    checkpoint.reads(session, samples.names)
     held = valid or samples  # without validation, eval_steps are 0
     for split, blend in (("training", samples), ("validation", valid)):
         for about in blend.about if blend else []:
