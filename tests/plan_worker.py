@@ -36,8 +36,9 @@ def measured(arguments: list[str]) -> list[int]:
         most = max(most, meter.highest)
 
     def leave() -> None:
-        every.extend([0] * dist.get_world_size())
-        dist.all_gather_object(every, most)
+        if dist.is_initialized():  # not where the run was refused before it began
+            every.extend([0] * dist.get_world_size())
+            dist.all_gather_object(every, most)
         stop()
 
     with meter, mock.patch.object(parallel, "stop", leave), mock.patch.object(loop.Trainer, "_one_step", counted):
