@@ -239,3 +239,21 @@ def test_a_stop_string_that_never_comes_is_recorded_as_length(ask: Any) -> None:
     assert (row["finish_reason"], len(row["token_ids"])) == ("length", 6) and "stop" not in row
     (row,) = ask([{"prompt": "abc", "stop": ["never to be seen"], "max_new_tokens": 1000}])
     assert row["finish_reason"] == "length" and sum(row["usage"].values()) == 64, "ends at the model's length"
+
+
+def test_a_draft_model_changes_no_text(
+    model: Path, tmp_path: Path, ask: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"prompt": "abc"}, {"prompt": "The quick", "temperature": 1}]
+    expected = ask(lines)
+    draft = tmp_path / "draft"
+    tiny_model(draft, "llama", vocab_size=260)
+    byte_tokenizer(draft)
+    assert ask(lines, "--draft", draft, "--draft-tokens", 3) == expected
+    asked = ["--model", str(model), "--prompt", "abc", *SHORT]
+    assert main([*asked, "--draft", str(model)]) == 0
+    assert "drafted tokens accepted" in capsys.readouterr().err
+    config = json.loads((draft / "tokenizer.json").read_text())
+    (draft / "tokenizer.json").write_text(json.dumps(config | {"version": "1.0", "truncation": None}, indent=1))
+    assert main([*asked, "--draft", str(draft)]) == 1
+    assert "its tokenizer is another one" in capsys.readouterr().err

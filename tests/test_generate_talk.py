@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import byte_tokenizer, tiny_model
@@ -65,6 +66,23 @@ def test_retry_draws_other_numbers_and_what_does_not_fit_is_told(
     assert first != again
     assert "/retry     answer the last message again" in err
     assert "tokens and leaves no room; the model takes 64 in all; /reset starts anew" in err
+
+
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pieces: list[str] = []
+
+    def show(piece: Any) -> None:
+        pieces.append(piece.text)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("megapatch.tools.generate.talk._show", show)
+    assert talk(["Hi", "/history", "/reset", "Hi"], monkeypatch, "--model", str(model)) == 0
+    err = capsys.readouterr().err
+    assert "stopped" in err and f"assistant: {''.join(pieces[:3])}" in err
+    assert pieces[3:5] == pieces[:2] and len(pieces) == 3 + 6
 
 
 def test_a_terminal_shows_the_answer_while_it_is_generated(model: Path) -> None:

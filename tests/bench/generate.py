@@ -152,10 +152,14 @@ def compare(theirs: Any, ours: Any, prompts: Prompts, batch: int, args: argparse
         if number:  # the first round packs weights and allocates
             rounds.append(turns)
             shares.append(turns.results["reading"]() / step)
-    return summary(rounds, shares, sum(new for _, new in prompts)) | {
+    engine.on_step = None
+    (alone,) = engine.generate(requests[:1])
+    found = {
         "batch_size": batch,
         "same_tokens": round(same, 4),
+        "alone_differs_by": max(abs(a - b) for a, b in zip(logprobs, alone.logprobs, strict=True)),
     }
+    return summary(rounds, shares, sum(new for _, new in prompts)) | found
 
 
 def cut(theirs: Any, ours: Any, batch: int, args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 from megapatch.models.cli import UserError, opt, run
@@ -59,6 +60,10 @@ class Options(Choosing, Templating):
         None,
         metavar="TOKENS",
     )
+    draft: Optional[Path] = opt(
+        "a smaller model with the same tokenizer that proposes tokens; the texts stay the same", None, metavar="DIR"
+    )
+    draft_tokens: int = opt("tokens that --draft proposes at a time", 4)
     engine: Literal["megapatch", "transformers"] = opt(
         "transformers: the reference, for a Hugging Face folder, greedy, one prompt at a time", "megapatch"
     )
@@ -75,6 +80,8 @@ class Options(Choosing, Templating):
             "--chat writes to the terminal: leave out --output": self.chat and self.output != "-",
             "--chat gives one answer a turn: leave out --n": self.chat and self.n > 1,
             "--chat runs on --engine megapatch": self.chat and self.engine != "megapatch",
+            "--draft goes with --engine megapatch": self.draft is not None and self.engine != "megapatch",
+            f"--draft-tokens {self.draft_tokens}: must be at least 1": self.draft_tokens < 1,
             "--system goes with --chat, --as-chat or messages of --input": (
                 self.system is not None and not (self.chat or self.as_chat or self.input)
             ),
@@ -166,7 +173,7 @@ def _planned(options: Options, source: Any, stack: ExitStack) -> tuple[Any, Any]
 
 
 def _run(options: Options, source: Any, work: list[Any], journal: Any, device: Any) -> None:
-    from megapatch.tools.generate.loading import engine, load
+    from megapatch.tools.generate.loading import engine, load, loaded_draft
     from megapatch.tools.generate.progress import Progress, closing_line, most_tokens
     from megapatch.tools.generate.results import Clock, Results
 
@@ -192,6 +199,7 @@ def _run(options: Options, source: Any, work: list[Any], journal: Any, device: A
         load(options, source, device),
         min(longest, options.context_length or source.max_length),
         batch_size=min(options.batch_size, len(requests)),
+        **loaded_draft(options.draft, options.draft_tokens, options, source, device),
         on_step=progress.on_step,
         on_piece=clock.on_piece if options.timings else None,
     )

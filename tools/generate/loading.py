@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,18 @@ def load(options: Loading, source: Source, device: Any) -> list[Any]:
     chunks = build(source.hf, ModelOptions(options, device, options.precision))
     load_weights(chunks, source.folder, source.hf)
     return chunks
+
+
+def loaded_draft(folder: Path | None, tokens: int, options: Loading, source: Source, device: Any) -> dict[str, Any]:
+    """The settings of an Engine whose tokens a smaller model proposes; none without a folder."""
+    if folder is None:
+        return {}
+    draft = find(replace(options, model=folder, tokenizer=None))
+    if draft.tokenizer.digest != source.tokenizer.digest:
+        raise UserError(
+            f"--draft {folder}: its tokenizer is another one than that of {options.model}; expected the same"
+        )
+    return {"draft": load(replace(options, model=folder), draft, device), "draft_tokens": tokens}
 
 
 def engine(options: Loading, source: Source, chunks: list[Any], max_length: int, **settings: Any) -> Any:

@@ -98,4 +98,5 @@ def closing_line(statistics: "Statistics") -> str:
             (statistics.decode_tokens, statistics.decode_s),
         )
     )
-    return f"prefill: {prefill}; decode: {decode}"
+    drafted = f"; {statistics.accepted_tokens:,} of {statistics.proposed_tokens:,} drafted tokens accepted"
+    return f"prefill: {prefill}; decode: {decode}{drafted if statistics.proposed_tokens else ''}"

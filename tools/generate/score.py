@@ -17,8 +17,8 @@ EXAMPLES = """examples:
   mp-score --model Qwen3-0.6B --text book.txt articles.jsonl --window 2048 --stride 512
   mp-score --model run --tasks arc.jsonl gsm.jsonl --extract '#### (-?[0-9]+)' --samples answers.jsonl
 --data, --text: every document by itself. A window reads so many tokens; the first one scores them all, each further one
-  only the next --stride tokens, which see the --window tokens before the last of them. Before a document stands the
-  tokenizer's bos, else its eos, so that the first token is scored, too; --no-prefix leaves both out
+  only the next --stride tokens, which see the --window tokens before the last of them. Before a document stands bos
+  of the tokenizer, else eos, so that the first token is scored, too; --no-prefix leaves both out
 --tasks, JSON lines, of either kind, with optional id:
   {"prompt": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1}   the likeliest choice; answer: its number from 0 or text
   {"prompt": "2 + 2 =", "answer": "4"}     generated, greedy; answer may be a list of right ones; optional

@@ -87,7 +87,8 @@ def talk(options: "Options", source: Source, reader: Reader) -> None:
     with loading.processes(options) as device:
         chunks = loading.load(options, source, device)
         show = _show if first else None
-        made = loading.engine(options, source, chunks, reader.max_length, batch_size=1, on_piece=show)
+        draft = loading.loaded_draft(options.draft, options.draft_tokens, options, source, device)
+        made = loading.engine(options, source, chunks, reader.max_length, batch_size=1, on_piece=show, **draft)
         if first:
             _tell("/help lists the commands")
         while (prompt := loading.shared(conversation.ask() if first else None)) is not None:
