@@ -31,7 +31,7 @@ class Kept:
         return held
 
     def watch_offload(self, offload: Any) -> None:
-        """See what --offload-activations (trainer/activations.py) holds too: what it has on the device counts."""
+        """See what --offload-activations (trainer/offload/activations.py) holds: what it has on the device counts."""
         pack = offload._pack
 
         def packed(tensor: torch.Tensor) -> Any:

@@ -27,7 +27,9 @@ from megapatch.models import commit, core_files, device
 
 device.start()  # before megatron-core is imported
 
-from megapatch.trainer import data, loop, pretrain, saving, signals  # noqa: E402, F401
+from megapatch.trainer import loop, pretrain, signals  # noqa: E402, F401
+from megapatch.trainer.data import gpt_data  # noqa: E402, F401
+from megapatch.trainer.saving import writing  # noqa: E402, F401
 
 OWNERS = {
     "digest": commit,

@@ -14,7 +14,8 @@ from typing import Any
 
 from megapatch.models.cli import UserError
 from megapatch.models.indexed_data import manifest_path
-from megapatch.trainer import built_once, locks, made_data
+from megapatch.trainer.data import built_once, made_data
+from megapatch.trainer.saving import locks
 
 
 def hold(folder: Path) -> None:

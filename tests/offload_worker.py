@@ -17,9 +17,11 @@ import train_worker
 import xxhash
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-from megapatch.trainer import adapters, checkpoint, step
+from megapatch.trainer import step
 from megapatch.trainer.offload import offloading
+from megapatch.trainer.saving import checkpoint
 from megapatch.trainer.session import Session
+from megapatch.trainer.tuning import adapters
 
 REAL_ADD, REAL_RUN, REAL_BATCHES, REAL_UPDATE = adapters.add, train_worker.run_case, step.run_batches, step.update
 

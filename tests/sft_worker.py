@@ -7,7 +7,7 @@ from pathlib import Path
 import train_worker
 
 from megapatch.trainer.sft import FINE_TUNING
-from megapatch.trainer.sft_options import SftOptions
+from megapatch.trainer.tuning.sft_options import SftOptions
 
 if __name__ == "__main__":
     train_worker.PretrainOptions = SftOptions

@@ -14,15 +14,15 @@ from megapatch.models import device, parallel
 from megapatch.models.cli import UserError, parser
 from megapatch.models.link import Pool, ThreadLane, rounded
 from megapatch.models.space import DoesNotFit
-from megapatch.trainer.activation_options import UNDER_WAY
+from megapatch.trainer.offload.activation_options import UNDER_WAY
 from megapatch.trainer.options import PretrainOptions
 
 CPU = device.start("cpu")
 
 from megapatch.models.build import ModelOptions, build  # noqa: E402
-from megapatch.trainer import activations  # noqa: E402
-from megapatch.trainer.flops import sizes_of  # noqa: E402
-from megapatch.trainer.memory import Activations  # noqa: E402
+from megapatch.trainer.offload import activations  # noqa: E402
+from megapatch.trainer.sizes.flops import sizes_of  # noqa: E402
+from megapatch.trainer.sizes.memory import Activations  # noqa: E402
 
 BASE = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "head_dim": 32}
 BASE |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}

@@ -15,7 +15,8 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megapatch.models.cli import UserError, parser  # noqa: E402
 from megapatch.models.layers import backends  # noqa: E402
 from megapatch.models.layers.attention import SdpaAttention  # noqa: E402
-from megapatch.trainer import overlap, session  # noqa: E402
+from megapatch.trainer import session  # noqa: E402
+from megapatch.trainer.layout import overlap  # noqa: E402
 from megapatch.trainer.options import PretrainOptions  # noqa: E402
 
 

@@ -11,8 +11,8 @@ from trainer_runs import ROOT, corpus
 from megapatch.models.device import CONNECTIONS
 from megapatch.models.held import plain
 from megapatch.models.shapes import num_parameters
-from megapatch.trainer.memory import MARGIN
 from megapatch.trainer.pretrain import main
+from megapatch.trainer.sizes.memory import MARGIN
 
 CONFIGS = ROOT / "scripts" / "configs"
 SIZES = {  # parameters without layers for multi-token prediction, as the hub's pages and papers say

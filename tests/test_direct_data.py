@@ -11,7 +11,8 @@ from trainer_runs import arguments, corpus, events, log_of, model
 from megapatch.models import cli, core_files
 from megapatch.models.indexed_data import bin_path, idx_path
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.trainer import made_data, named_data, signals
+from megapatch.trainer import signals
+from megapatch.trainer.data import made_data, named_data
 from megapatch.trainer.loop import Trainer
 from megapatch.trainer.options import PretrainOptions
 from megapatch.trainer.pretrain import main
@@ -51,12 +52,12 @@ FILES = {  # files -> the same for mp-preprocess
 
 @pytest.mark.parametrize("named", FILES)
 def test_the_bytes_are_those_of_mp_preprocess(folder: Path, tmp_path: Path, named: str) -> None:
-    from megapatch.trainer import data
+    from megapatch.trainer.data import gpt_data
 
     expected = trainer_runs.data(folder, "expected", [str(folder / name) for name in FILES[named]])
     options = parsed(words(folder, tmp_path, f"--data {named} --workers 2"))
     tokenizer, what = Tokenizer(folder / "tokenizer"), named_data.named(options, "training")
-    (prefix,) = named_data.checkable(options, what, data._maker(options), tokenizer)
+    (prefix,) = named_data.checkable(options, what, gpt_data._maker(options), tokenizer)
     assert bin_path(prefix).read_bytes() == bin_path(expected).read_bytes()
     assert idx_path(prefix).read_bytes() == idx_path(expected).read_bytes()
     for path in folder.glob("expected.*"):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megapatch.trainer import held_memory
-from megapatch.trainer.held_memory import HeldPeak, given_out
+from megapatch.trainer.offload import held_memory
+from megapatch.trainer.offload.held_memory import HeldPeak, given_out
 
 BLOCK = 64 << 20
 

@@ -18,8 +18,8 @@ device.start()  # before megatron-core is imported
 
 from megapatch.models.build import config_class  # noqa: E402
 from megapatch.models.layers.spec import mixture_layers  # noqa: E402
-from megapatch.trainer.flops import flops_per_token, sizes_of  # noqa: E402
-from megapatch.trainer.metrics import JsonLines  # noqa: E402
+from megapatch.trainer.sizes.flops import flops_per_token, sizes_of  # noqa: E402
+from megapatch.trainer.watching.metrics import JsonLines  # noqa: E402
 
 SEQUENCE = 32
 TIED = ("llama tied", "llama", {"tie_word_embeddings": True})

@@ -20,9 +20,9 @@ from megapatch.models import device
 
 device.start()  # before megatron-core is imported
 
-from megapatch.trainer import progress  # noqa: E402
-from megapatch.trainer.metrics import Log  # noqa: E402
 from megapatch.trainer.pretrain import main  # noqa: E402
+from megapatch.trainer.watching import progress  # noqa: E402
+from megapatch.trainer.watching.metrics import Log  # noqa: E402
 
 PEAK = 0.25  # TFLOP/s, stated
 RANKS = "--profile-steps 2:3 --profile-ranks 0 1 --save-interval 2 --tensorboard DIR/board2"

@@ -15,9 +15,11 @@ from chat_data import write
 from data_pairs import write_pair
 
 from megapatch.models import cli
-from megapatch.trainer import made_data, sft_data, signals
+from megapatch.trainer import signals
+from megapatch.trainer.data import made_data
 from megapatch.trainer.sft import main
-from megapatch.trainer.sft_options import SftOptions
+from megapatch.trainer.tuning import sft_data
+from megapatch.trainer.tuning.sft_options import SftOptions
 
 HERE = "--data-path {}/chats --global-batch-size 2"
 REFUSED = {  # arguments -> what is said

@@ -11,8 +11,8 @@ from megapatch.models import device
 
 device.start()  # before megatron-core is imported
 
-from megapatch.trainer import sources  # noqa: E402
-from megapatch.trainer.sample_places import Samples  # noqa: E402
+from megapatch.trainer.data import sources  # noqa: E402
+from megapatch.trainer.data.sample_places import Samples  # noqa: E402
 
 BLEND = "--data-path 0.7 DIR/data 0.3 DIR/other --split 80,20 --eval-interval 2 --eval-iters 1 --log-sample-ids"
 BLEND += " --lr 1e-2 --global-batch-size 16"

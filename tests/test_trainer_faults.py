@@ -178,7 +178,7 @@ def test_a_save_beside_the_training_that_fails_ends_the_run(
     folder: Path, tmp_path: Path, what: str, where: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     from megapatch.models import commit
-    from megapatch.trainer import saving
+    from megapatch.trainer.saving import writing
 
     error, status, said = FAILING[what]
     calls = []
@@ -189,7 +189,7 @@ def test_a_save_beside_the_training_that_fails_ends_the_run(
             raise error
         return real(*args, **words)
 
-    owner, name = {"write": (saving, "write"), "finish": (commit, "seal")}[where]
+    owner, name = {"write": (writing, "write"), "finish": (commit, "seal")}[where]
     real = getattr(owner, name)
     monkeypatch.setattr(owner, name, second)
     words = arguments(folder, "dense", str(tmp_path), "--async-save --save-interval 2 --train-iters 400")

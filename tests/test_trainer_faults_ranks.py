@@ -13,8 +13,8 @@ import pytest
 from trainer_runs import ENVIRONMENT, arguments, corpus, log_of, model, train
 
 from megapatch.models import core_files
-from megapatch.trainer import locks
 from megapatch.trainer.pretrain import main
+from megapatch.trainer.saving import locks
 
 SCRIPT = [sys.executable, "-m", "megapatch.trainer.pretrain"]
 LONG = "--train-iters 100000 --log-interval 100000 --watchdog-s 12 --async-save --save-interval 20 --keep 2"
@@ -109,7 +109,7 @@ def test_two_runs_with_one_save_are_refused_and_a_killed_one_is_followed(
 
 HOLD = """
 import sys, time, pathlib
-from megapatch.trainer import locks
+from megapatch.trainer.saving import locks
 locks.hold(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

@@ -15,8 +15,10 @@ import pytest
 from trainer_runs import ROOT
 
 from megapatch.models.cli import UserError
-from megapatch.trainer import locks, made_data, signals
-from megapatch.trainer.built_once import built_once
+from megapatch.trainer import signals
+from megapatch.trainer.data import made_data
+from megapatch.trainer.data.built_once import built_once
+from megapatch.trainer.saving import locks
 
 WORKER = [sys.executable, str(ROOT / "tests" / "lock_worker.py")]
 

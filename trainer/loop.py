@@ -9,17 +9,18 @@ from typing import Any
 import torch
 
 from megapatch.models.cli import UserError
-from megapatch.trainer import checkpoint, final_test, signals
-from megapatch.trainer.metrics import Log
+from megapatch.trainer import final_test, signals
+from megapatch.trainer.data.sample_places import Samples, shown
+from megapatch.trainer.data.sources import BySource
 from megapatch.trainer.offload.auto import Fitting
-from megapatch.trainer.progress import Progress
 from megapatch.trainer.ranks import first, together, warn
-from megapatch.trainer.sample_places import Samples, shown
-from megapatch.trainer.saving import Saving
+from megapatch.trainer.saving import checkpoint
+from megapatch.trainer.saving.writing import Saving
 from megapatch.trainer.session import Session
-from megapatch.trainer.sources import BySource
 from megapatch.trainer.step import Batches, StepResult, evaluate
-from megapatch.trainer.watchdog import note
+from megapatch.trainer.watching.metrics import Log
+from megapatch.trainer.watching.progress import Progress
+from megapatch.trainer.watching.watchdog import note
 
 log = logging.getLogger(__name__)
 

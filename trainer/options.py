@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import ClassVar, Literal, Optional
 
 from megapatch.models.cli import opt
-from megapatch.trainer.activation_options import ActivationOptions
-from megapatch.trainer.data_options import DataOptions
-from megapatch.trainer.fp8_options import Fp8Options
-from megapatch.trainer.lora_options import LoraOptions
-from megapatch.trainer.moe_options import MoeOptions
+from megapatch.trainer.data.options import DataOptions
+from megapatch.trainer.layout.fp8_options import Fp8Options
+from megapatch.trainer.layout.moe_options import MoeOptions
+from megapatch.trainer.layout.overlap import OverlapOptions
+from megapatch.trainer.layout.recompute_options import RecomputeOptions
+from megapatch.trainer.offload.activation_options import ActivationOptions
 from megapatch.trainer.offload.options import OffloadOptions
-from megapatch.trainer.overlap import OverlapOptions
-from megapatch.trainer.recompute_options import RecomputeOptions
-from megapatch.trainer.reliability_options import ReliabilityOptions
-from megapatch.trainer.watching import Watching
+from megapatch.trainer.saving.options import ReliabilityOptions
+from megapatch.trainer.tuning.lora_options import LoraOptions
+from megapatch.trainer.watching.options import Watching
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from megapatch.models.device import Device
     from megapatch.models.family import HfConfig
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.trainer.checkpoint import Source
-    from megapatch.trainer.describe import Description
     from megapatch.trainer.loop import Trainer
-    from megapatch.trainer.metrics import Log
+    from megapatch.trainer.saving.checkpoint import Source
     from megapatch.trainer.session import Session
+    from megapatch.trainer.sizes.describe import Description
+    from megapatch.trainer.watching.metrics import Log
 
 log = logging.getLogger(__name__)
 EXAMPLES = """examples:
@@ -46,10 +46,10 @@ def train(options: TrainOptions, kind: "Kind") -> None:
 
     signals.listen()
     from megapatch.models import device, parallel
-    from megapatch.trainer import disk, locks
-    from megapatch.trainer.overlap import connections
+    from megapatch.trainer.layout.overlap import connections
     from megapatch.trainer.ranks import first, naming_lost_peers, told_once_per_node
-    from megapatch.trainer.watchdog import watching
+    from megapatch.trainer.saving import disk, locks
+    from megapatch.trainer.watching.watchdog import watching
 
     queues, why = connections(options)
     with told_once_per_node():
@@ -101,7 +101,7 @@ class Plan:
 
     def describe(self, options: TrainOptions) -> "Description":
         """What the run will be."""
-        from megapatch.trainer.describe import describe
+        from megapatch.trainer.sizes.describe import describe
 
         return describe(options, self.hf, self.count)
 
@@ -110,8 +110,10 @@ def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     """Read what the options name, and refuse what does not fit (UserError); joins no process group."""
     from megapatch.models import core_files, family
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.trainer import checkpoint, data, final_test
-    from megapatch.trainer.describe import processes
+    from megapatch.trainer import final_test
+    from megapatch.trainer.data import gpt_data
+    from megapatch.trainer.saving import checkpoint
+    from megapatch.trainer.sizes.describe import processes
 
     kind = kind or PRETRAINING
     resumed = checkpoint.newest(options.save)
@@ -126,14 +128,15 @@ def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     options.check_model(family.find(hf).transformer_config(hf))
     kind.check(options, tokenizer, family.vocab_size(hf))
     size = options.data_parallel_size(processes(options))
-    count = data.num_micro_batches(options, size)
+    count = gpt_data.num_micro_batches(options, size)
     done = isinstance(step, int) and step >= options.train_iters and final_test.done(options)
     return Plan(source, hf, tokenizer, resumed, done, size, count)
 
 
 def prepare(options: TrainOptions, device: "Device", plan: Plan, kind: Kind | None = None) -> "tuple[Trainer, Log]":
     """Build everything up to the first step (every rank must call)."""
-    from megapatch.trainer import checkpoint, session
+    from megapatch.trainer import session
+    from megapatch.trainer.saving import checkpoint
 
     run_state = session.start(options, device, plan.hf, load=plan.resumed is None)
     checkpoint.claim(options.save, plan.resumed)
@@ -146,9 +149,9 @@ def prepare(options: TrainOptions, device: "Device", plan: Plan, kind: Kind | No
 
 
 def _check(options: PretrainOptions, tokenizer: "Tokenizer", vocab_size: int) -> None:
-    from megapatch.trainer import data
+    from megapatch.trainer.data import gpt_data
 
-    data.check_data(options, tokenizer, vocab_size)
+    gpt_data.check_data(options, tokenizer, vocab_size)
 
 
 def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
@@ -156,19 +159,20 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
 
     from megapatch.models import family
     from megapatch.models.layers.spec import mixture_layers
-    from megapatch.trainer import checkpoint, data
-    from megapatch.trainer.adapters import num_trained
-    from megapatch.trainer.flops import flops_per_token
+    from megapatch.trainer.data import gpt_data
+    from megapatch.trainer.data.sample_places import Samples, in_corpus, sources
+    from megapatch.trainer.data.sources import BySource
     from megapatch.trainer.loop import Trainer
-    from megapatch.trainer.sample_places import Samples, in_corpus, sources
-    from megapatch.trainer.sources import BySource
+    from megapatch.trainer.saving import checkpoint
+    from megapatch.trainer.sizes.flops import flops_per_token
+    from megapatch.trainer.tuning.adapters import num_trained
 
     options, vocab_size = session.options, family.vocab_size(session.hf)
     assert isinstance(options, PretrainOptions)
-    dataset, valid, test = data.build_datasets(options, plan.tokenizer, session.num_samples)
+    dataset, valid, test = gpt_data.build_datasets(options, plan.tokenizer, session.num_samples)
     checkpoint.reads(session, sources(dataset))
     train = Samples(dataset, in_corpus, remember=options.log_sample_ids)
-    batches = partial(data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)
+    batches = partial(gpt_data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)
     trained = BySource(sources(dataset), session.device.torch)
     validated, tested = (
         BySource(sources(dataset if held is None else held), session.device.torch) for held in (valid, test)
@@ -196,7 +200,7 @@ PRETRAINING = Kind(_check, _trainer)
 
 def _show(described: "Description", plan: Plan, device: "Device") -> None:
     """--dry-run: JSON to stdout, a table to stderr."""
-    from megapatch.trainer.describe import as_json, as_table
+    from megapatch.trainer.sizes.describe import as_json, as_table
 
     found = as_json(described, plan.resumed)
     if described.options.dry_run_rank is not None:
@@ -208,7 +212,7 @@ def _show(described: "Description", plan: Plan, device: "Device") -> None:
 def _built(described: "Description", device: "Device") -> dict[str, int]:
     """The part of --dry-run-rank, built without memory."""
     from megapatch.models.build import ModelOptions
-    from megapatch.trainer.without_memory import parameters
+    from megapatch.trainer.sizes.without_memory import parameters
 
     options, rank = described.options, described.options.dry_run_rank
     assert rank is not None
@@ -223,9 +227,9 @@ def _open_log(options: TrainOptions) -> "Log":
     """The log of this process: rank 0 writes, the others are silent."""
     import torch.distributed as dist
 
-    from megapatch.trainer.describe import resolved
-    from megapatch.trainer.metrics import JsonLines, Log, Sink, TensorBoard, WeightsAndBiases
     from megapatch.trainer.ranks import together
+    from megapatch.trainer.sizes.describe import resolved
+    from megapatch.trainer.watching.metrics import JsonLines, Log, Sink, TensorBoard, WeightsAndBiases
 
     sinks: list[Sink] = []
     with together():
@@ -241,7 +245,7 @@ def _open_log(options: TrainOptions) -> "Log":
 def _record_start(session: "Session", records: "Log", plan: Plan) -> None:
     import torch.distributed as dist
 
-    from megapatch.trainer.describe import resolved
+    from megapatch.trainer.sizes.describe import resolved
 
     world = dist.get_world_size()
     log.info("%s parameters on %d process%s", f"{session.num_parameters:,}", world, "es" * (world > 1))

@@ -22,12 +22,14 @@ from megapatch.models.held import plain
 from megapatch.models.layers import backends, spec
 from megapatch.models.load import load_weights, unwrapped
 from megapatch.models.shapes import num_parameters
-from megapatch.trainer import activations, adapters, experts, optimizer_state
-from megapatch.trainer.held_memory import HeldPeak
-from megapatch.trainer.offload import offloading
+from megapatch.trainer.layout import experts
+from megapatch.trainer.offload import activations, offloading
+from megapatch.trainer.offload.held_memory import HeldPeak
 from megapatch.trainer.offload.parts import without_masters
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import first, together, warn
+from megapatch.trainer.saving import optimizer_state
+from megapatch.trainer.tuning import adapters
 
 log = logging.getLogger(__name__)
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}  # ours: megatron-core's

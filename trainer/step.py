@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
-from megapatch.trainer import experts
+from megapatch.trainer.layout import experts
 from megapatch.trainer.session import Session
 
 Batches = Callable[[], Iterator[dict[str, Any]]]  # a fresh iterator over this rank's micro-batches

@@ -100,8 +100,9 @@ def core_step(args: argparse.Namespace) -> Step:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     from megapatch.models import build
-    from megapatch.trainer import optimizer_state, session
+    from megapatch.trainer import session
     from megapatch.trainer import step as step_module
+    from megapatch.trainer.saving import optimizer_state
 
     def block_spec(config: Any, *_: Any) -> TransformerBlockSubmodules:
         layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)

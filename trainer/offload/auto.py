@@ -20,16 +20,16 @@ from megapatch.models.cli import UserError
 from megapatch.models.cuts import padded_vocabulary
 from megapatch.models.family import vocab_size
 from megapatch.models.space import DoesNotFit, short
-from megapatch.trainer import experts
-from megapatch.trainer.flops import sizes_of
-from megapatch.trainer.memory import MARGIN, Activations
-from megapatch.trainer.metrics import Log
+from megapatch.trainer.layout import experts
 from megapatch.trainer.offload.adam import ChunkedAdam, device_bytes
 from megapatch.trainer.offload.chunks import needed_bytes
 from megapatch.trainer.offload.options import AUTO
 from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.session import Session
+from megapatch.trainer.sizes.flops import sizes_of
+from megapatch.trainer.sizes.memory import MARGIN, Activations
 from megapatch.trainer.step import Batches, StepResult, train_step
+from megapatch.trainer.watching.metrics import Log
 
 log = logging.getLogger(__name__)
 GIB = 2**30

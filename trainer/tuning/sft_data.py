@@ -14,10 +14,10 @@ from megapatch.models.indexed_data import manifest_path, read_index, read_manife
 from megapatch.models.packed_rows import PackedRows, Row, one_by_one
 from megapatch.models.packing import Plan, document_lengths, pack, plan_path, read_plan, refuse_long, write_plan
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.trainer.made_data import Maker, idle_words
-from megapatch.trainer.named_data import agreed, checkable, named
+from megapatch.trainer.data.made_data import Maker, idle_words
+from megapatch.trainer.data.named_data import agreed, checkable, named
 from megapatch.trainer.ranks import first, together, warn
-from megapatch.trainer.sft_options import READING, SftOptions
+from megapatch.trainer.tuning.sft_options import READING, SftOptions
 
 log = logging.getLogger(__name__)
 PARTS = ("training", "validation")

@@ -23,11 +23,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megapatch.models import commit, core_files
 from megapatch.models.cli import UserError
-from megapatch.trainer import adapters, disk
-from megapatch.trainer.checkpoint import CONTENT, STAGED, Source, layout, state
-from megapatch.trainer.describe import as_file
 from megapatch.trainer.ranks import first, together
+from megapatch.trainer.saving import disk
+from megapatch.trainer.saving.checkpoint import CONTENT, STAGED, Source, layout, state
 from megapatch.trainer.session import Session
+from megapatch.trainer.sizes.describe import as_file
+from megapatch.trainer.tuning import adapters
 
 OPTIONS = "options.args"  # what the run was started with, for mp-pretrain @CHECKPOINT/options.args
 BYTES_PER_PARAMETER = {"fp32": 4 + 4 + 4, "bf16": 2 + 4 + 4 + 4}  # weight, master, moments

@@ -13,10 +13,10 @@ from megapatch.models.held import plain
 from megapatch.models.parallel import world_size
 from megapatch.models.shapes import Layout, num_parameters
 from megapatch.models.space import DoesNotFit
-from megapatch.trainer.flops import flops_per_token, mixtures, sizes_of
-from megapatch.trainer.memory import MARGIN, Activations, Estimate, estimate
 from megapatch.trainer.options import TrainOptions
-from megapatch.trainer.shares import Share, active_parameters, place, share, stage_layers
+from megapatch.trainer.sizes.flops import flops_per_token, mixtures, sizes_of
+from megapatch.trainer.sizes.memory import MARGIN, Activations, Estimate, estimate
+from megapatch.trainer.sizes.shares import Share, active_parameters, place, share, stage_layers
 
 GIB = 2**30
 

@@ -14,8 +14,8 @@ from megapatch.models.cli import UserError
 from megapatch.models.commit import digest
 from megapatch.models.indexed_data import manifest_path, partial_path
 from megapatch.trainer import signals
-from megapatch.trainer.locks import alone_in
 from megapatch.trainer.options import TrainOptions
+from megapatch.trainer.saving.locks import alone_in
 
 log = logging.getLogger(__name__)
 ABOUT = ("chat_template*", "tokenizer*", "special_tokens_map.json", "additional_chat_templates/*")  # of a tokenizer

@@ -6,7 +6,7 @@ from typing import Any
 from megapatch.models.cli import UserError
 from megapatch.models.indexed_data import manifest_path
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.trainer.made_data import Maker, make, prefix_for, refuse_missing
+from megapatch.trainer.data.made_data import Maker, make, prefix_for, refuse_missing
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import first, together
 

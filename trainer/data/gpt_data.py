@@ -16,13 +16,13 @@ from megapatch.models.cli import UserError
 from megapatch.models.data_formats import described
 from megapatch.models.indexed_data import blocks, manifest_path, read_index
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.trainer.data_cache import building, key
-from megapatch.trainer.data_options import PARTS, SPLIT, Shares
-from megapatch.trainer.made_data import Maker, idle_words
-from megapatch.trainer.named_data import Named, agreed, checkable, named
+from megapatch.trainer.data.cache import building, key
+from megapatch.trainer.data.made_data import Maker, idle_words
+from megapatch.trainer.data.named_data import Named, agreed, checkable, named
+from megapatch.trainer.data.options import PARTS, SPLIT, Shares
+from megapatch.trainer.data.sources import BySource
 from megapatch.trainer.options import PretrainOptions, TrainOptions
 from megapatch.trainer.ranks import warn
-from megapatch.trainer.sources import BySource
 
 log = logging.getLogger(__name__)
 Blend = tuple[list[str], list[float] | None]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megapatch.models import commit
-from megapatch.trainer.locks import alone_in
+from megapatch.trainer.saving.locks import alone_in
 
 
 @contextmanager

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megapatch.models.device import Device
-from megapatch.trainer.flops import known_peak
 from megapatch.trainer.options import TrainOptions
-from megapatch.trainer.profiling import Profiler
 from megapatch.trainer.ranks import first
+from megapatch.trainer.sizes.flops import known_peak
+from megapatch.trainer.watching.profiling import Profiler
 
 log = logging.getLogger(__name__)
 GIB = 2**30

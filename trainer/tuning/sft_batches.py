@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megapatch.models.cli import UserError
 from megapatch.models.packed_rows import Row, share_of_rank
-from megapatch.trainer.data import FIELDS
-from megapatch.trainer.sft_data import Blend
-from megapatch.trainer.sft_options import SftOptions
-from megapatch.trainer.sources import BySource
+from megapatch.trainer.data.gpt_data import FIELDS
+from megapatch.trainer.data.sources import BySource
+from megapatch.trainer.tuning.sft_data import Blend
+from megapatch.trainer.tuning.sft_options import SftOptions
 
 COUNTED = ("weight", "trained_tokens", "tokens", "conversations")
 

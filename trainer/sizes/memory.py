@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megapatch.models.cuts import padded_vocabulary
-from megapatch.trainer.activation_options import UNDER_WAY
+from megapatch.trainer.offload.activation_options import UNDER_WAY
 from megapatch.trainer.options import TrainOptions
-from megapatch.trainer.shares import Share, stage_layers
+from megapatch.trainer.sizes.shares import Share, stage_layers
 
 MARGIN = 0.9  # of a device's memory that an estimate may fill
 WIDTH = {"fp32": 4, "bf16": 2}  # bytes of a weight or an activation

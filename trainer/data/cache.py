@@ -12,9 +12,9 @@ import xxhash
 from megapatch.models import commit
 from megapatch.models.cli import UserError
 from megapatch.models.indexed_data import bin_path, idx_path
-from megapatch.trainer import disk
-from megapatch.trainer.built_once import built_once
+from megapatch.trainer.data.built_once import built_once
 from megapatch.trainer.ranks import together
+from megapatch.trainer.saving import disk
 
 
 def key(prefixes: list[str], settings: list[Any]) -> str:

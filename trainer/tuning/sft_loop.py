@@ -7,18 +7,19 @@ from typing import Any
 
 from megapatch.models import family
 from megapatch.models.layers.spec import mixture_layers
-from megapatch.trainer import checkpoint, sft_data
-from megapatch.trainer.adapters import num_trained
-from megapatch.trainer.flops import flops_per_token
+from megapatch.trainer.data.sample_places import Samples, in_conversations
+from megapatch.trainer.data.sources import BySource
 from megapatch.trainer.loop import Trainer
-from megapatch.trainer.metrics import Log
 from megapatch.trainer.pretrain import Plan
-from megapatch.trainer.sample_places import Samples, in_conversations
+from megapatch.trainer.saving import checkpoint
 from megapatch.trainer.session import Session
-from megapatch.trainer.sft_batches import GlobalBatch
-from megapatch.trainer.sft_options import SftOptions
-from megapatch.trainer.sources import BySource
+from megapatch.trainer.sizes.flops import flops_per_token
 from megapatch.trainer.step import Batches, StepResult
+from megapatch.trainer.tuning import sft_data
+from megapatch.trainer.tuning.adapters import num_trained
+from megapatch.trainer.tuning.sft_batches import GlobalBatch
+from megapatch.trainer.tuning.sft_options import SftOptions
+from megapatch.trainer.watching.metrics import Log
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from megapatch.models.device import Device
 from megapatch.models.link import Pool, lanes
 from megapatch.models.load import unwrapped
 from megapatch.models.space import DoesNotFit, free_bytes, short
-from megapatch.trainer.activation_options import PARTS, UNDER_WAY
-from megapatch.trainer.activation_storage import Group, Link, Saved, Stored
+from megapatch.trainer.offload.activation_options import PARTS, UNDER_WAY
+from megapatch.trainer.offload.activation_storage import Group, Link, Saved, Stored
 from megapatch.trainer.options import TrainOptions
 
 
