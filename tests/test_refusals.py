@@ -14,7 +14,7 @@ from megapatch.tools.convert.convert import main as convert
 
 device.start()
 
-from megapatch.trainer.data.cache import naming_the_cause  # noqa: E402
+from megapatch.trainer.data.data_cache import naming_the_cause  # noqa: E402
 from megapatch.trainer.pretrain import main as pretrain  # noqa: E402
 from megapatch.trainer.saving import checkpoint  # noqa: E402
 

@@ -16,7 +16,7 @@ from megapatch.models.cli import UserError
 from megapatch.models.data_formats import described
 from megapatch.models.indexed_data import blocks, manifest_path, read_index
 from megapatch.models.tokenizer import Tokenizer
-from megapatch.trainer.data.cache import building, key
+from megapatch.trainer.data.data_cache import building, key
 from megapatch.trainer.data.made_data import Maker, idle_words
 from megapatch.trainer.data.named_data import Named, agreed, checkable, named
 from megapatch.trainer.data.options import PARTS, SPLIT, Shares

@@ -21,6 +21,7 @@ from megapatch.models.family import HfConfig
 from megapatch.models.load import hf_folder, sharded_state
 from megapatch.models.parallel import Parallel
 from megapatch.models.tokenizer import copy_tokenizer, find_tokenizer
+from megapatch.trainer.data import data_cache
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.saving import locks, optimizer_state
@@ -178,7 +179,7 @@ def resume(session: Session, folder: Path) -> None:
 
 def reads(session: Session, prefixes: list[str]) -> None:
     """What is trained on lies here; a warning where a resumed run had other content (every rank must call)."""
-    found = gpt_data_cache.key(prefixes, [])
+    found = data_cache.key(prefixes, [])
     if session.data not in ("", found):
         warn(log, "%s: not the data of the run so far: some may be trained on again, some never", " ".join(prefixes))
     session.data = found
