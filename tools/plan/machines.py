@@ -71,11 +71,11 @@ def measured(machine: Machine, path: Path, gpus_per_node: int) -> Machine:
         found = _rates([row for row in rows if isinstance(row, dict)], gpus_per_node)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--bench {path}: not JSON lines of mp-offload-bench ({error}); write them with --json"
+            f"--bench {path}: not JSON lines of mp-offload-bench ({error}); write them with mp-offload-bench >FILE"
         ) from error
     if not found:
         raise UserError(
-            f"--bench {path}: has no line of part link, memory or adam; write it with mp-offload-bench --json"
+            f"--bench {path}: has no line of part link, memory or adam; write it with mp-offload-bench >FILE"
         )
     return replace(machine, **found, source=f"{machine.source}, {path.name}")  # type: ignore[arg-type]
 
