@@ -10,18 +10,18 @@ import pytest
 import trainer_runs
 from trainer_runs import events, launch
 
-STEPS = 5
+STEPS = 3
 SIZE = "--lr 5e-3 --global-batch-size 4 --micro-batch-size 1 --seq-length 16"
 MOST = "--offload-activations 3"
 KINDS = {  # kind: model, what offloads, and the run that it is compared with
     "a slow link": ("qwen3", f"{MOST} --offload-link-gb-per-s 0.01", ""),
     "attention mlp": ("qwen3", f"{MOST} --offload-activation-modules attention mlp", ""),
-    "full": ("qwen3", MOST, "--recompute full"),
     "selective": ("qwen3", MOST, "--recompute selective --recompute-modules core_attn layernorm mlp"),
-    "bf16": ("qwen3", MOST, "--precision bf16"),
     "experts": ("deepseek_v3", "--offload-activations 2", ""),
 }
 MORE_KINDS = {
+    "full": ("qwen3", MOST, "--recompute full"),
+    "bf16": ("qwen3", MOST, "--precision bf16"),
     "3 layers": ("qwen3", MOST, ""),
     "ranges": ("qwen3", "--offload-activations 0-0,2-3", ""),
     "core_attn": ("qwen3", f"{MOST} --offload-activation-modules core_attn", ""),
@@ -34,10 +34,10 @@ MORE_KINDS = {
     ),
 }
 LAYOUTS = {  # of two processes
-    "pipeline": ("deep", "--offload-activations 3", "--pp 2"),
     "interleaved": ("deep", "--offload-activations 1 --offload-link-gb-per-s 0.02", "--pp 2 --vpp 2"),
 }
 MORE_LAYOUTS = {
+    "pipeline": ("deep", "--offload-activations 3", "--pp 2"),
     "pipeline, recomputed": ("deep", "--offload-activations 3", "--pp 2 --recompute full"),
     "context": ("qwen3", MOST, "--cp 2"),
     "sequence": ("qwen3", MOST, "--tp 2 --sequence-parallel"),

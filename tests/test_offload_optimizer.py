@@ -1,6 +1,6 @@
 """Where Adam's state lies changes no bit: fractions, engines, layouts, chunks that move, checkpoints; what is refused.
 
-Four starts serve all cases: one process, two, and each once more to go on from what was saved.
+Two starts serve all cases: two processes, then one, which also goes on from what both saved.
 """
 
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_cases import marked, wanted
 from trainer_runs import arguments, corpus, error, events, launch, log_of, model, steps
 
 from megapatch.trainer.pretrain import main
@@ -26,11 +27,11 @@ KINDS = {
     "distributed fp32": DISTRIBUTED,
     "distributed bf16": f"{DISTRIBUTED} --precision bf16",
 }
-FRACTIONS = {  # the default suite has one of each fraction and engine, and two of each kind
-    "fp32": {"0.3 stream", "1 cpu"},
-    "bf16": {"0 cpu", "0.65 cpu", "1 cpu"},
-    "distributed fp32": {"0.65 cpu", "1 stream"},
-    "distributed bf16": {"0.3 stream", "1 cpu"},
+FRACTIONS = {  # the default suite has each fraction, each engine and each kind
+    "fp32": {"0.3 stream"},
+    "bf16": {"0 cpu", "0.65 cpu"},
+    "distributed fp32": {"1 stream"},
+    "distributed bf16": {"1 cpu"},
 }
 
 
@@ -90,6 +91,19 @@ SAME: dict[int, dict[str, Case]] = {  # processes: {name: case}; the name's firs
         "mixture EP2": ("--ep 2", f"{STREAM} 0.65", {}),
     },
 }
+MORE = {  # of SAME, slow
+    (1, "dense chunks move, cpu, fp32"),
+    (1, "dense chunks move, stream"),
+    (1, "dense much clipping"),
+    (1, "dense no accumulation"),
+    (1, "dense recomputation"),
+    (1, "dense float32 beside distributed bf16, one without gradient"),
+    (1, "dense bfloat16 beside bf16, one without gradient"),
+    (2, "dense DP2 distributed, fp32"),
+    (2, "mixture EP2"),
+}
+EVERY = {(processes, name): case for processes, cases in SAME.items() for name, case in cases.items()}
+QUICK = EVERY.keys() - MORE
 AUTO: dict[str, tuple[str, list[float], list[str]]] = {  # memory in GiB; fraction at each step, the events
     "little": ("0.0011", [1.0, 0.75, 0.75, 0.75], ["start", "room"]),
     "more": ("0.0015", [1.0, 0.265, 0.265, 0.265], ["start", "room"]),
@@ -113,6 +127,12 @@ RESUMED: dict[str, tuple[str, str, str]] = {  # options of all, of the run that 
         f"{CPU} auto --device-memory-gib 0.0015",
     ),
 }
+GO_ON = {  # of RESUMED, in the default suite
+    "plain, 0.3 to 1 offloaded",
+    "distributed, 1 to not offloaded",
+    "distributed, not to 0.65 offloaded",
+    "auto, after it moved",
+}
 ASYNC = f"{KINDS['bf16']} --save-interval 2 --async-save"
 SHORT = f"--precision bf16 {CPU} auto --device-memory-gib 0.01"
 MIXED = "--precision bf16 --offload-activations 1 --offload-activation-min-kib 0"
@@ -128,7 +148,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[str, list[dict]]:
+def runs(folder: Path, request: pytest.FixtureRequest) -> dict[str, list[dict]]:
     """The records of every run, by name; "... , not offloaded" is the run to compare with."""
 
     def case(name: str, options: str, more: dict[str, Any], save: str = "") -> dict[str, Any]:
@@ -137,16 +157,19 @@ def runs(folder: Path) -> dict[str, list[dict]]:
 
     def same(processes: int) -> dict[str, Any]:
         found = {}
-        for name, (options, offload, more) in SAME[processes].items():
+        for (_, name), (options, offload, more) in of(wanted(request, EVERY, QUICK), processes):
             plain = {key: value for key, value in more.items() if key != "place"}
             found[base(processes, name)] = case(f"{name.split()[0]} {options or 'plain'} {processes}", options, plain)
             found[name] = case(name, f"{options} {offload}", more)
         return found
 
-    one = same(1)
+    def of(asked: dict, processes: int) -> list:
+        return [item for item in asked.items() if item[0][0] == processes]
+
+    one, resumed = same(1), wanted(request, RESUMED, GO_ON)
     for name, (gib, _, _) in AUTO.items():
         one[name] = case(f"dense {name}", f"{KINDS['distributed bf16']} {CPU} auto --device-memory-gib {gib}", {}, name)
-    for name, (options, before, _) in RESUMED.items():
+    for name, (options, before, _) in resumed.items():
         one[f"{name}, first"] = case("dense", f"{options} {before}", SIGNAL, name)
     one["asynchronous"] = case("dense", f"{ASYNC} {CPU} 0.65", {}, "asynchronous")
     one["asynchronous, not offloaded"] = case("dense", ASYNC, {}, "asynchronous plain")
@@ -164,13 +187,12 @@ def runs(folder: Path) -> dict[str, list[dict]]:
     two["short of memory in the update"] = case("dense", SHORT, {"out of memory": [3], "late": True}, "late")
     for name, options in (("of two", ""), ("of two, offloaded", f"{CPU} 0.65")):
         two[name] = case("dense", f"{KINDS['distributed bf16']} {options}", SIGNAL, name)
-    first = launch(1, one, folder, "offload_worker.py") | launch(2, two, folder, "offload_worker.py")
     rest = {
-        f"{name}, rest": case("dense", f"{options} {after}", {}, name) for name, (options, _, after) in RESUMED.items()
+        f"{name}, rest": case("dense", f"{options} {after}", {}, name) for name, (options, _, after) in resumed.items()
     }
     for name, options in (("of two", ""), ("of two, offloaded", f"{STREAM} 0.3")):
         rest[f"{name}, rest"] = case("dense", f"{KINDS['distributed bf16']} {options}", {}, name)
-    return first | launch(1, rest, folder, "offload_worker.py")
+    return launch(2, two, folder, "offload_worker.py") | launch(1, one | rest, folder, "offload_worker.py")
 
 
 def base(processes: int, name: str) -> str:
@@ -189,7 +211,7 @@ def finite(found: list[tuple[int, float, float, float]]) -> list[tuple[float, ..
     return [tuple(0.0 if value is None or value != value else value for value in step) for step in found]
 
 
-@pytest.mark.parametrize(("processes", "name"), [(n, name) for n, cases in SAME.items() for name in cases])
+@pytest.mark.parametrize(("processes", "name"), marked(EVERY, QUICK))
 def test_offloading_changes_no_bit_of_losses_norms_and_state(
     runs: dict[str, list[dict]], processes: int, name: str
 ) -> None:
@@ -289,7 +311,7 @@ def test_auto_begins_with_what_fits_in_host_memory(runs: dict[str, list[dict]]) 
     assert 0.4 < first["offload_fraction"] < 0.47 and first["offload_host_bytes"] < 400_000
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", marked(RESUMED, GO_ON))
 def test_a_run_goes_on_at_another_fraction_to_the_bit(runs: dict[str, list[dict]], name: str) -> None:
     parts = [runs[f"{name}, first"], runs[f"{name}, rest"]]
     assert [len(steps(part)) for part in parts] == [2, 2]
