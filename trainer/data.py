@@ -127,12 +127,13 @@ def _check_shares(prefix: str, shares: Shares, options: PretrainOptions) -> None
             )
 
 
-def build_datasets(options: PretrainOptions, tokenizer: Tokenizer) -> list[Any]:
-    """Datasets to train, validate and test with, None where there is no such evaluation; every rank must call."""
+def build_datasets(options: PretrainOptions, tokenizer: Tokenizer, samples: int | None = None) -> list[Any]:
+    """Datasets to train (``samples``, if not those of all steps), validate and test with, None where there is no such
+    evaluation; every rank must call."""
     parts = [part for part in _parts(options) if part.shares[1] is None or options.eval_interval]
     blends = [_blend(part.named, agreed(options, part.named, _maker(options), tokenizer)) for part in parts]
     batch = options.global_batch_size
-    sizes = [options.train_iters * batch, options.eval_iters * batch, options.eval_iters * batch]
+    sizes = [samples or options.train_iters * batch, options.eval_iters * batch, options.eval_iters * batch]
     made_of = [options.seed, options.seq_length, [part.shares for part in parts], tokenizer.digest]
     prefixes = [prefix for names, _ in blends for prefix in names]
     found: list[Any] = [None] * len(PARTS)

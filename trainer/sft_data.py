@@ -127,13 +127,11 @@ def _described(name: str, rows: PackedRows) -> dict[str, Any]:
     }
 
 
-def build(options: SftOptions, tokenizer: Tokenizer) -> tuple[Blend, Blend | None]:
-    """Training and validation samples (None without --eval-interval); every rank must call."""
-    batch = options.global_batch_size
-    train = _blend(options, tokenizer, "training", options.train_iters * batch)
-    return train, _blend(
-        options, tokenizer, "validation", options.eval_iters * batch
-    ) if options.eval_interval else None
+def build(options: SftOptions, tokenizer: Tokenizer, samples: int) -> tuple[Blend, Blend | None]:
+    """So many training samples, and those to validate with (None without --eval-interval); every rank must call."""
+    held = options.eval_iters * options.global_batch_size
+    train = _blend(options, tokenizer, "training", samples)
+    return train, _blend(options, tokenizer, "validation", held) if options.eval_interval else None
 
 
 def _blend(options: SftOptions, tokenizer: Tokenizer, part: str, samples: int) -> Blend:
