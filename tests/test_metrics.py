@@ -18,7 +18,7 @@ device.start()  # before megatron-core is imported
 
 from megapatch.models.build import config_class  # noqa: E402
 from megapatch.models.layers.spec import mixture_layers  # noqa: E402
-from megapatch.trainer.sizes.flops import flops_per_token, sizes_of  # noqa: E402
+from megapatch.trainer.sizes.flops import flops_per_token, known_peak, sizes_of  # noqa: E402
 from megapatch.trainer.watching.metrics import JsonLines  # noqa: E402
 
 SEQUENCE = 32
@@ -75,6 +75,20 @@ def test_parameters_are_counted_as_transformers_does(kind: str, changes: dict[st
     net, hf = transformers_model(kind, changes)
     buffers = sum(buffer.numel() for name, buffer in net.named_buffers() if name in net.state_dict())
     assert num_parameters(hf) == net.num_parameters() + buffers  # a router's bias is a buffer there
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H200", "bf16", 989.5),
+        ("NVIDIA H200 NVL", "bf16", 835.5),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA A100-SXM4-80GB", "fp32", None),
+        ("NVIDIA H20", "bf16", None),
+    ],
+)
+def test_the_peak_of_a_device_is_that_of_its_own_data_sheet(name: str, precision: str, peak: float | None) -> None:
+    assert known_peak(name, precision) == peak
 
 
 def test_a_torn_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:

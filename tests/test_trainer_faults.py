@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainer_runs import ENVIRONMENT, TORCHRUN, arguments, corpus, error, events, launch, log_of, model, steps, train
 
+from megapatch.models import core_files
 from megapatch.trainer.pretrain import main
 
 Usage = namedtuple("Usage", "total used free")
@@ -78,6 +79,7 @@ def guarded(folder: Path) -> dict[str, list[dict]]:
     words = arguments(folder, "dense", "guarded/first", "--save-interval 1")
     cases["first"] = {"arguments": words, "bad": {"1": ["loss", 0]}, "signal": {"step": 1, "number": 10}}
     cases["first, rest"] = words
+    cases["behind"] = {"arguments": [*words, "--train-iters", "6"], "behind": 1}
     words = arguments(folder, "dense", "guarded/full", "--save-interval 2 --async-save --use-distributed-optimizer")
     cases["full"] = {"arguments": words, "full": 1}
     cases["full, rest"] = words
@@ -112,6 +114,13 @@ def test_too_many_bad_steps_end_the_run(guarded: dict[str, list[dict]], folder: 
 def test_a_run_whose_first_step_was_bad_can_be_resumed(guarded: dict[str, list[dict]]) -> None:
     assert [step for step, *_ in steps(guarded["first"], guarded["first, rest"])] == [1, 2, 3, 4]
     assert all(norm is not None for _, _, norm, _ in steps(guarded["first, rest"]))
+
+
+def test_ranks_that_found_other_checkpoints_do_not_resume(guarded: dict[str, list[dict]], folder: Path) -> None:
+    save = folder / "guarded/first"
+    told = f"rank 1: {save}: iter_0000001 was the newest checkpoint here, iter_0000004 for rank 0; run again to go on"
+    assert error(guarded["behind"]) == f"megapatch.models.cli.UserError: {told}"
+    assert core_files.read_tracker(save) == 4
 
 
 def test_a_mistake_that_one_rank_meets_ends_all_and_names_the_rank(guarded: dict[str, list[dict]]) -> None:

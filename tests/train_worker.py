@@ -10,6 +10,7 @@ arguments, or an object that holds them as "arguments" and, when wanted, with st
     "bad": {"3": ["loss", 1], "4": ["gradient", 0]}  the loss of step 3 on rank 1 and a gradient of step 4 on rank 0 are
                                                      not finite
     "fail": 1                                        loading the weights fails on this rank, with a UserError
+    "behind": 1                                      this rank has found the checkpoint of step 1 to resume from
     "full": 1                                        writing its share of a checkpoint fails on this rank: no space left
     "kill": {"step": 4} or {"save": 4}               the process is killed (-9) after step 4, or while it saves step 4;
                                                      for one process only, before the first case without
@@ -28,6 +29,7 @@ import os
 import sys
 import traceback
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -184,6 +186,8 @@ def run_case(case: Any) -> list[dict]:
         plan = make_plan(options)
         if plan.done:
             return []
+        if str(case.get("behind")) == os.environ.get("RANK"):
+            plan = replace(plan, resumed=options.save / "iter_0000001")
         with failing(case.get("fail", -1)):
             trainer, records = prepare(options, device.start(options.device), plan)
         memory = Memory(case, trainer.session)

@@ -1,5 +1,6 @@
 """Options of mp-pretrain. Sizes of the model come from config.json, never from a flag."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Optional
@@ -15,6 +16,19 @@ from megapatch.trainer.offload.options import OffloadOptions
 from megapatch.trainer.saving.options import ReliabilityOptions
 from megapatch.trainer.tuning.lora_options import LoraOptions
 from megapatch.trainer.watching.options import Watching
+
+COUNT = "at least 1", lambda value: value >= 1
+POSITIVE = "above 0, and finite", lambda value: 0 < value < math.inf
+NOT_NEGATIVE = "0 or more", lambda value: 0 <= value < math.inf
+SHARE = "at least 0 and below 1", lambda value: 0 <= value < 1
+NUMBERS = {  # option: what its number must be
+    **dict.fromkeys(("seq_length", "micro_batch_size", "global_batch_size", "train_iters"), COUNT),
+    **dict.fromkeys(("log_interval", "eval_iters", "lr_decay_iters"), COUNT),
+    **dict.fromkeys(("lr", "adam_eps"), POSITIVE),
+    **dict.fromkeys(("lr_warmup_iters", "weight_decay", "clip_grad", "eval_interval", "mtp_loss_weight"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), SHARE),
+    "seed": ("0 or more, and below 2^31", lambda value: 0 <= value < 2**31),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +101,10 @@ class TrainOptions(
         self.refuse_moe()
         self.refuse_fp8(self.precision)
         self.refuse_overlap(self)
-        for flag in (
-            "seq_length",
-            "micro_batch_size",
-            "global_batch_size",
-            "train_iters",
-            "log_interval",
-            "eval_iters",
-        ):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: must be at least 1")
+        for name, (words, fits) in NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be {words}")
         decay = self.lr_decay_iters or self.train_iters
         refused = {
             "give one of --model (weights to start from) and --init-from (config.json for random ones)": (
@@ -119,8 +127,9 @@ class TrainOptions(
             ),
             f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters}: more than the {decay - self.lr_warmup_iters} steps after "
             "--lr-warmup-iters": (self.lr_wsd_decay_iters or 0) > decay - self.lr_warmup_iters,
-            f"--lr {self.lr}: must be above 0": not self.lr > 0,
-            f"--mtp-loss-weight {self.mtp_loss_weight}: must be 0 or more": not self.mtp_loss_weight >= 0,
+            f"--profile-steps {self.profile_steps}: the run ends with step {self.train_iters}": (
+                self.profiled().start > self.train_iters
+            ),
             f"--mtp-loss-weight needs --recompute-unit 1, found {self.recompute_unit}": (
                 self.mtp_loss_weight > 0 and self.recompute_unit != 1
             ),

@@ -135,11 +135,13 @@ def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
 
 def prepare(options: TrainOptions, device: "Device", plan: Plan, kind: Kind | None = None) -> "tuple[Trainer, Log]":
     """Build everything up to the first step (every rank must call)."""
+    from megapatch.models import parallel
     from megapatch.trainer import session
     from megapatch.trainer.saving import checkpoint
 
-    run_state = session.start(options, device, plan.hf, load=plan.resumed is None)
+    parallel.start(options, device, timeout_s=options.timeout_s)
     checkpoint.claim(options.save, plan.resumed)
+    run_state = session.start(options, device, plan.hf, load=plan.resumed is None)
     if plan.resumed is not None:
         checkpoint.resume(run_state, plan.resumed)
         log.info("resuming from %s", plan.resumed)

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megapatch.models import core_files, parallel
+from megapatch.models import core_files
 from megapatch.models.build import DTYPES, ModelOptions, build
 from megapatch.models.cli import UserError
 from megapatch.models.device import Device, seed_everything
@@ -77,8 +77,7 @@ class Session:
 
 
 def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) -> Session:
-    """Join the process groups and build the run; with ``load`` or adapters, with the weights of --model."""
-    parallel.start(options, device, timeout_s=options.timeout_s)
+    """Build the run in the process groups that are there; with ``load`` or adapters, with the weights of --model."""
     experts.forget()
     seed_everything(options.seed, parallel_state.get_pipeline_model_parallel_rank())
     layers = replace(device, transformer_engine=False) if options.lora else device  # adapters go beside core's own

@@ -84,7 +84,10 @@ def _make(options: TrainOptions, maker: Maker, files: list[str], arguments: list
     if signals.asked():
         raise UserError(f"signal {signals.asked()}: left while {named} was read; run again to go on")
     if status:
-        raise UserError(f"{named}: {maker.tool} ended with status {status}; it said why above")
+        raise UserError(
+            f"{named}: {maker.tool} ended with status {status}; it said why above "
+            "(for options that only it has, run it first, and give --data-path)"
+        )
 
 
 def _arguments(maker: Maker, files: list[str], tokenizer: Path, prefix: Path) -> list[str]:

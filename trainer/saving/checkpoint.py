@@ -84,8 +84,17 @@ def newest(root: Path) -> Path | None:
 
 
 def claim(root: Path, resumed: Path | None) -> None:
-    """Keep other runs out of --save, and remove what one that was killed while saving left (every rank must call)."""
+    """Keep other runs out of --save, and remove what one that was killed while saving left (every rank must call).
+
+    Each rank has looked for what to resume from by itself: UserError where another run has saved meanwhile.
+    """
+    name = resumed.name if resumed else "nothing"
+    agreed = [name]
+    torch.distributed.broadcast_object_list(agreed)
     with together():
+        if name != agreed[0]:
+            told = f"{name} was the newest checkpoint here, {agreed[0]} for rank 0"
+            raise UserError(f"{root}: {told}; run again to go on")
         if not first():
             return
         locks.hold(root)

@@ -9,7 +9,8 @@ PEAKS = {  # device name, as torch tells it, begins with -> TFLOP/s in bf16, den
     "NVIDIA A100": 312.0,
     "NVIDIA H100 PCIe": 756.5,
     "NVIDIA H100 80GB HBM3": 989.5,  # SXM
-    "NVIDIA H200": 989.5,
+    "NVIDIA H200": 989.5,  # SXM
+    "NVIDIA H200 NVL": 835.5,
 }
 
 
@@ -81,5 +82,5 @@ def _attention(config: Any, seq_length: int) -> tuple[float, float]:
 
 def known_peak(device_name: str, precision: str) -> float | None:
     """TFLOP/s that one such device can do at best, None where no figure is known."""
-    found = [peak for name, peak in PEAKS.items() if device_name.startswith(name)]
-    return found[0] if found and precision == "bf16" else None
+    found = [name for name in PEAKS if device_name.startswith(name)]
+    return PEAKS[max(found, key=len)] if found and precision == "bf16" else None

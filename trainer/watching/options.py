@@ -21,8 +21,8 @@ class Watching(Parallel):
     )
     peak_tflops: Optional[float] = opt(
         "peak of one device in TFLOP/s, for the MFU in the log; known for bf16, dense, from NVIDIA's data sheets: "
-        "A100 312, H100 SXM 989.5, H100 PCIe 756.5, H200 989.5; on other devices, in fp32 and on a CPU no MFU is told "
-        "without it",
+        "A100 312, H100 SXM 989.5, H100 PCIe 756.5, H200 989.5, H200 NVL 835.5; on other devices, in fp32 and on a "
+        "CPU no MFU is told without it",
         None,
     )
     profile_steps: Optional[str] = opt(
