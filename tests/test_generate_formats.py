@@ -155,6 +155,9 @@ BAD: dict[str, tuple[Any, str]] = {
     "a field of OpenAI": ({"prompt": "a", "max_tokens": 1}, "give --format openai"),
     "n": ({"prompt": "a", "n": 2}, "n 2 at temperature 0"),
     "a bias": ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+    "more texts than there is room for": ({"prompt": "a", "n": 10**9, "temperature": 1}, "n 1000000000: at most 10000"),
+    "a number without end": ({"prompt": "a", "temperature": 10**400}, "temperature: a number of 401 digits"),
+    "no number": ('{"prompt": "a", "temperature": NaN}', "temperature nan: must be 0 or at least"),
     "a biased token": ({"prompt": "a", "logit_bias": {"999": 1}}, "token id 999"),
 }
 BAD_BATCH: dict[str, tuple[Any, str]] = {
@@ -199,6 +202,13 @@ def test_bad_lines_are_named_and_skipped_and_the_others_go_on(
     file.write_text("{\n")
     assert main(["--model", str(model), "--input", str(file), "--on-bad-line", "skip"]) == 1
     assert "no good line" in capsys.readouterr().err
+
+
+def test_a_mark_of_byte_order_is_no_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "in.txt"
+    file.write_text("Hi\n", encoding="utf-8-sig")
+    assert main(["--model", str(model), "--input", str(file), *SHORT]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "Hi"
 
 
 def test_without_a_template_there_are_no_conversations(

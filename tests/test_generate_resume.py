@@ -1,15 +1,19 @@
 """An output of mp-generate is complete, or goes on with --resume to the very same lines."""
 
+import errno
 import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import byte_tokenizer, tiny_model
 
 from megapatch.tools.generate.generate import main
+from megapatch.tools.generate.journal import Journal
 
 WORKER = Path(__file__).parent / "generate_kill_worker.py"
 
@@ -142,6 +146,45 @@ def test_a_failing_run_leaves_what_was_done(
     partial = tmp_path / "out.jsonl.partial"
     left = partial.read_text().split("\n")[:-1]
     assert not output.exists() and 1 <= len(left) <= 14 and left == expected[: len(left)]
+    monkeypatch.undo()
+    assert main([*asked, "--output", str(output), "--resume"]) == 0
+    assert output.read_text().split("\n")[:-1] == expected
+
+
+def test_a_full_disk_leaves_whole_lines(
+    asked: list[str],
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Full:
+        """A file on a disk that has room for a few rows and a half."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.room = file, sum(len(row.encode()) + 1 for row in expected[:4]) + 20
+
+        def write(self, content: memoryview) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            took = self.file.write(content[: self.room])
+            self.room -= took
+            return took
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    output, enter = tmp_path / "out.jsonl", Journal.__enter__
+
+    def entered(self: Journal) -> Journal:
+        self._file = Full(self._file)  # type: ignore[assignment]
+        return enter(self)
+
+    monkeypatch.setattr(Journal, "__enter__", entered)
+    assert main([*asked, "--output", str(output)]) == 1
+    assert "disk full" in capsys.readouterr().err.splitlines()[-1]
+    partial = tmp_path / "out.jsonl.partial"
+    assert partial.read_text().split("\n")[:-1] == expected[:4] and not output.exists()
     monkeypatch.undo()
     assert main([*asked, "--output", str(output), "--resume"]) == 0
     assert output.read_text().split("\n")[:-1] == expected

@@ -115,6 +115,26 @@ def flat(said: Any) -> list[float]:
     return [float(said == "True") if said in ("True", "False") else float(said)]
 
 
+def test_processes_but_the_first_write_nothing() -> None:
+    from megapatch.tools.generate.evaluate import silent
+
+    given = [
+        "x",
+        "run",
+        "--output_path",
+        "a",
+        "--log_samples",
+        "--tasks",
+        "t",
+        "-o",
+        "b",
+        "--output_path=c",
+        "--limit",
+        "1",
+    ]
+    assert silent(given) == ["x", "run", "--tasks", "t", "--limit", "1"]
+
+
 def test_arguments_that_do_not_exist_are_named(place: Path) -> None:
     from megapatch.models.cli import UserError
     from megapatch.tools.generate.lm_eval_model import _arguments

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +237,31 @@ def test_what_cannot_be_scored_is_one_line(
         with pytest.raises(SystemExit) as ended:
             main(["--model", folder, *arguments])
         assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def near(value: Any) -> Any:
+    return pytest.approx(value, rel=TOLERANCE) if isinstance(value, float) else value
+
+
+def test_two_processes_score_alike_and_write_once(
+    models: dict[str, tuple[Path, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
+    asked = [
+        "--model",
+        str(models["llama"][0]),
+        "--text",
+        str(tmp_path / "t.jsonl"),
+        "--tasks",
+        str(tmp_path / "q.jsonl"),
+    ]
+    alone = run(capsys, *asked)
+    tool = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    tool += ["-m", "megapatch.tools.generate.score", "--tp", "2", *asked, "--samples", str(tmp_path / "s.jsonl")]
+    ended = subprocess.run(tool, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    together = [json.loads(line) for line in ended.stdout.splitlines()]
+    for one, two in zip(alone, together, strict=True):
+        assert {name: near(value) for name, value in two.items()} == one
+    assert len(rows(tmp_path / "s.jsonl")) == len(TEXTS) + len(QUESTIONS)

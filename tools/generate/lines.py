@@ -12,6 +12,8 @@ NUMBERS = {field.name: field.type for field in fields(Sampling) if field.type in
 CONTENT = ("prompt", "prompt_token_ids", "messages")
 FIELDS = ("id", *CONTENT, "tools", *NUMBERS, "stop", "stop_token_ids", "logit_bias", "logprobs")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_LARGEST = 1 << 62  # integers of any size are JSON
+_MOST_TEXTS = 10_000  # of one prompt
 _WORDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 _ENDPOINTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
@@ -88,6 +90,8 @@ def sampling(line: Mapping[str, Any], default: Sampling, where: str) -> Sampling
             continue
         if isinstance(value, bool) is not (kind is bool) or not isinstance(value, bool | int | kind):
             raise BadLine(f"{where}: {name} {value!r}; expected {_WORDS[kind]}")
+        if abs(value) > _LARGEST:
+            raise BadLine(f"{where}: {name}: a number of {len(str(value))} digits; expected a smaller one")
         changes[name] = value
     stop = line.get("stop") or ([] if line.get("stop") != "" else [""])
     stop = [stop] if isinstance(stop, str) else stop
@@ -99,6 +103,8 @@ def sampling(line: Mapping[str, Any], default: Sampling, where: str) -> Sampling
         raise BadLine(f"{where}: stop_token_ids {stop_ids!r}; expected a list of integers")
     changes["stop_token_ids"] = (*default.stop_token_ids, *stop_ids)
     changes["logit_bias"] = {**default.logit_bias, **_biases(line.get("logit_bias") or {}, where)}
+    if changes.get("n", default.n) > _MOST_TEXTS:
+        raise BadLine(f"{where}: n {changes['n']}: at most {_MOST_TEXTS}")
     try:
         return replace(default, **changes)
     except ValueError as error:
@@ -108,14 +114,14 @@ def sampling(line: Mapping[str, Any], default: Sampling, where: str) -> Sampling
 def _biases(said: Any, where: str) -> dict[int, float]:
     try:
         return {int(token): _number(value) for token, value in said.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise BadLine(f"{where}: logit_bias {str(said)[:60]}; expected an object of token ids and numbers") from error
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(value)
-    return value
+    return float(value)
 
 
 def messages(said: Any, known: Callable[[str], bool], where: str) -> list[dict[str, Any]]:

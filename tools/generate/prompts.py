@@ -1,5 +1,6 @@
 """Prompts from text, JSON lines, OpenAI batches or flags; every line is checked before anything is generated."""
 
+import codecs
 import logging
 import sys
 from collections.abc import Iterable, Mapping
@@ -76,7 +77,7 @@ class Reader:
         for number, raw in enumerate(file, start=1):
             where = f"{name}:{number}"
             try:
-                text = _decoded(raw, where)
+                text = _decoded(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, where)
                 format = _format(text, name) if format == "auto" else format
                 prompt = self._of_line(text, format, number - 1, where)
                 if prompt.id in first_line:
