@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/plan_worker.py cases.json results.json
 
-cases.json: {name: mp-pretrain arguments}; results.json, written by rank 0: {name: most bytes alive on each rank}.
+cases.json: {name: mp-pretrain arguments}; results.json, written by rank 0: {name: most bytes alive on each rank}. All
+cases share one process group: a second one would find the first one's addresses where processes leave them.
 """
 
 import json
@@ -18,6 +19,8 @@ from megapatch.models import device
 
 device.start()  # before megatron-core is imported
 
+from megatron.core import parallel_state  # noqa: E402
+
 from megapatch.models import parallel  # noqa: E402
 from megapatch.models.planning.meter import Meter  # noqa: E402
 from megapatch.trainer import loop, pretrain  # noqa: E402
@@ -25,7 +28,7 @@ from megapatch.trainer import loop, pretrain  # noqa: E402
 
 def measured(arguments: list[str]) -> list[int]:
     """The most bytes of tensors that each rank had at once in a training step."""
-    meter, stop, step = Meter(), parallel.stop, loop.Trainer._one_step
+    meter, step = Meter(), loop.Trainer._one_step
     every: list[int] = []
     most = 0
 
@@ -39,7 +42,7 @@ def measured(arguments: list[str]) -> list[int]:
         if dist.is_initialized():  # not where the run was refused before it began
             every.extend([0] * dist.get_world_size())
             dist.all_gather_object(every, most)
-        stop()
+        parallel_state.destroy_model_parallel()
 
     with meter, mock.patch.object(parallel, "stop", leave), mock.patch.object(loop.Trainer, "_one_step", counted):
         assert pretrain.main(arguments) == 0
@@ -51,6 +54,7 @@ def main(cases: Path, results: Path) -> None:
     found = {name: measured(arguments) for name, arguments in json.loads(cases.read_text()).items()}
     if os.environ.get("RANK", "0") == "0":
         results.write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

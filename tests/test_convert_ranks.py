@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_folders import contents, make, weights
 from safetensors.torch import save_file
+from slow_cases import marked, wanted
 from trainer_runs import ENVIRONMENT, ROOT, TORCHRUN
 
 from megapatch.models import core_files, hf_files
@@ -48,6 +49,16 @@ CASES = {
     "ALiBi, norm of the embedding, TP2 PP2": Case("bloom", "--tp 2 --pp 2", "tp=2", {}, own=False),
     "parallel attention, TP2": Case("falcon", "--tp 2", "tp=2", {}, own=False),
 }
+MORE = {  # slow
+    "biases, own output layer, TP4",
+    "PP2",
+    "mixtures, TP2 PP2 EP2, experts whole",
+    "mixtures, EP4",
+    "latent attention, TP2 EP2",
+    "latent attention, TP4",
+    "parallel attention, TP2",
+}
+QUICK = CASES.keys() - MORE
 
 
 def convert(source: Path, target: Path, *more: str) -> Path:
@@ -70,10 +81,11 @@ def add_predicting_layer(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> dict[str, Path]:
+def made(tmp_path_factory, request) -> dict[str, Path]:
     """For each case a folder with hf, core, chunked, legacy, and what megatron-core saved: saved, apart."""
     root, cases, folders = tmp_path_factory.mktemp("ranks"), [], {}
-    for n, (name, case) in enumerate(CASES.items()):
+    for name, case in wanted(request, CASES, QUICK).items():
+        n = list(CASES).index(name)
         folder = folders[name] = root / str(n)
         make(folder / "hf", case.family, dtype=torch.float32, **case.changes)
         if name == PREDICTING:
@@ -102,7 +114,7 @@ def same(found: Path, expected: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], tensor) for name, tensor in other.items())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, QUICK))
 def test_files_of_ranks_and_chunks_are_what_core_holds_at_the_layout(name, made):
     back = made[name] / "back"
     convert(made[name] / "chunked", back)
@@ -121,7 +133,7 @@ def test_the_chunks_of_a_stage_have_files_of_their_own(made):
     assert len(layers.chunks) == 8
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, QUICK))
 def test_what_core_saved_for_each_rank_converts_to_the_same_model(name, made, tmp_path, capsys):
     saved, config = made[name] / "saved", ("--config", str(made[name] / "hf"))
     assert same(convert(saved, tmp_path / "hf", *config), made[name] / "hf")
@@ -131,7 +143,7 @@ def test_what_core_saved_for_each_rank_converts_to_the_same_model(name, made, tm
     assert same(convert(tmp_path / "core", tmp_path / "again"), made[name] / "hf")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, QUICK))
 def test_legacy_files_of_any_naming_convert_back(name, made, tmp_path):
     for spec in ("te", "local"):
         for experts in ("grouped", "sequential"):
@@ -141,7 +153,7 @@ def test_legacy_files_of_any_naming_convert_back(name, made, tmp_path):
             assert contents(convert(target, target / "back")) == contents(made[name] / "hf")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, QUICK))
 def test_what_core_saved_in_any_form_of_torch_dist_converts_to_the_same_model(name, made, tmp_path, capsys):
     apart = made[name] / "apart"
     assert main(["--source", str(apart), "--target", str(tmp_path / "x")]) == 1

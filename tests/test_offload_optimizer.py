@@ -87,6 +87,8 @@ SAME: dict[int, dict[str, Case]] = {  # processes: {name: case}; the name's firs
             f"{CPU} auto --device-memory-gib 0.0008",
             {},
         ),
+        "dense CP2": (f"--cp 2 {KINDS['bf16']}", f"{CPU} 0.65", {}),
+        "dense PP2 VPP2": (f"--pp 2 --vpp 2 {KINDS['distributed bf16']}", f"{STREAM} 0.65", {}),
         "mixture EP2 distributed": (f"--ep 2 {KINDS['distributed bf16']}", f"{CPU} 0.65", MOVES),
         "mixture EP2": ("--ep 2", f"{STREAM} 0.65", {}),
     },

@@ -133,6 +133,28 @@ def test_memory_of_ranks_and_utilisation_have_charts(tmp_path: Path) -> None:
     assert "Not in the logs" not in made.text
 
 
+def test_offloading_shows_its_share_its_moves_and_the_time_it_costs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved = {"event": "offload", "step": 2, "stage": 0, "fraction_before": 1.0, "fraction": 0.25}
+    lines = [{"event": "offload", "step": 0, "reason": "start", "engine": "cpu", "fraction": 1.0}]
+    lines += [train(1, 3.0, offload_fraction=1.0, offload_exposed_s=0.004), moved | {"reason": "room"}]
+    lines += [train(2, 2.0, offload_fraction=0.25, offload_exposed_s=0.001)]
+    lines += [moved | {"step": 3, "stage": 1, "reason": "out of memory", "fraction_before": 0.25, "fraction": 0.5}]
+    html = page(tmp_path, run=lines)
+    rows = {title: Page(figure(html, title).split("</h3>")[1]).row("run") for title in OFFLOADED}
+    assert rows == OFFLOADED
+    told = "step 2 (room: 100 % to 25 %), step 3 (out of memory, stage 1: 25 % to 50 %)."
+    assert f"run: optimizer state moved, by its share in host memory: {told}" in Page(html).text
+    assert "does not know" not in caplog.text
+
+
+OFFLOADED = {
+    "Optimizer state in host memory, rank 0": ["run", "100", "25", "25", "100"],
+    "Optimizer step that hides behind nothing, rank 0": ["run", "4", "1", "1", "2.5", "4"],
+}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

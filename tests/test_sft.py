@@ -9,6 +9,7 @@ import pytest
 import sft_runs
 import torch
 from sft_runs import ROW, ROWS
+from slow_cases import marked, wanted
 from trainer_runs import error, events, log_of, steps
 
 from megapatch.models import packing
@@ -38,6 +39,7 @@ LAYOUTS = {  # of two processes: name -> (model, arguments, the case of one proc
     "TP2 sources": ("dense", f"{SOURCES} --tp 2", "two sources"),
     "CP2 padded sources": ("dense", f"{SOURCES} --no-packing --cp 2", "two sources padded"),
 }
+QUICK = LAYOUTS.keys() - {"DP2", "PP2", "CP2", "DP2 sequence", "DP2 of the order", "PP2 sources", "TP2 sources"}
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +98,11 @@ def alone(folder: Path) -> dict[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def pairs(folder: Path, alone: dict[str, list[dict]]) -> dict[str, list[dict]]:
+def pairs(folder: Path, alone: dict[str, list[dict]], request: pytest.FixtureRequest) -> dict[str, list[dict]]:
     """Records of the runs of two processes, after those of one."""
     cases = {
         name: sft_runs.arguments(folder, model, "run", words.replace("{padded}", padded(folder)))
-        for name, (model, words, _) in LAYOUTS.items()
+        for name, (model, words, _) in wanted(request, LAYOUTS, QUICK).items()
     }
     cases["resumed on two"] = sft_runs.arguments(folder, "dense", "other", f"{HALF} --save-interval 2")
     return sft_runs.launch(2, cases, folder)
@@ -135,7 +137,7 @@ def test_the_normalisations_and_weights_differ(alone: dict[str, list[dict]]) -> 
     assert abs(first["weighted"] - first["sequence"]) > 1e-4
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", marked(LAYOUTS, QUICK))
 def test_a_layout_trains_as_one_process(alone: dict[str, list[dict]], pairs: dict[str, list[dict]], name: str) -> None:
     loss, norm = apart(alone[LAYOUTS[name][2]], pairs[name])
     print(f"{name}: loss {loss:.1e}, norm {norm:.1e}")
@@ -203,7 +205,7 @@ def test_losses_are_told_by_source(folder: Path, alone: dict[str, list[dict]], p
     assert list(losses) == [str(folder / "chats"), str(folder / "more")]
     mean = sum(losses[name] * counts[name] for name in losses) / sum(counts.values())
     assert abs(mean - first["loss"]) <= 1e-6 and len({round(loss, 3) for loss in losses.values()}) == 2
-    for layout in ("DP2 sources", "CP2 padded sources", "PP2 sources", "TP2 sources"):
+    for layout in ("DP2 sources", "CP2 padded sources", *(pairs.keys() & {"PP2 sources", "TP2 sources"})):
         one = "two sources padded" if "padded" in layout else "two sources"
         for kind in ("train", "eval"):
             for a, b in zip(events(alone[one], kind), events(pairs[layout], kind), strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import sft_runs
 from sft_runs import ROW, ROWS, VOCABULARY
+from slow_cases import marked, wanted
 from test_prediction import published
 from trainer_runs import error, events, steps
 
@@ -21,11 +22,13 @@ LAYOUTS = {  # two processes: arguments, the case of one process that it equals
     "PP2 VPP2 sequence": (f"{PACKED} {SEQUENCE} --pp 2 --vpp 2", "sequence"),
     "EP2 sequence": (f"{PACKED} {SEQUENCE} --ep 2", "sequence"),
 }
+SAME = {"padded": "packed", "sequence padded": "sequence"} | {name: same for name, (_, same) in LAYOUTS.items()}
+QUICK = SAME.keys() - {"DP2", "EP2 sequence"}
 Runs = dict[str, list[dict]]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
     """Records of each case."""
     folder: Path = tmp_path_factory.mktemp("further")
     sft_runs.tokenizer(folder)
@@ -43,18 +46,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     one: dict[str, Any] = {name: arguments(words) for name, words in alone.items()}
     one["without"] = arguments(PACKED, STILL)
-    two = {name: arguments(words) for name, (words, _) in LAYOUTS.items()}
+    two = {name: arguments(words) for name, (words, _) in wanted(request, LAYOUTS, QUICK).items()}
     found = sft_runs.launch(1, one, folder) | sft_runs.launch(2, two, folder)
     assert not any(map(error, found.values())), {name: error(log) for name, log in found.items() if error(log)}
     return found
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("name", "same"),
-    [("padded", "packed"), ("sequence padded", "sequence"), *((name, same) for name, (_, same) in LAYOUTS.items())],
-)
-def test_a_loss_does_not_depend_on_how_rows_are_cut_or_shared(runs: Runs, name: str, same: str) -> None:
+@pytest.mark.parametrize("name", marked(SAME, QUICK))
+def test_a_loss_does_not_depend_on_how_rows_are_cut_or_shared(runs: Runs, name: str) -> None:
+    same = SAME[name]
     loss, norm = (
         max(abs(a[i] - b[i]) for a, b in zip(steps(runs[name]), steps(runs[same]), strict=True)) for i in (1, 2)
     )

@@ -16,7 +16,7 @@ BYTES = ((1.0, "bytes"), (KIB, "KiB"), (KIB**2, "MiB"), (KIB**3, "GiB"), (KIB**4
 OUTLIER = 8  # times the median: a step that long would flatten the rest of the chart
 
 
-NATS, PERCENT = ((1.0, "nats per token"),), ((0.01, "%"),)
+NATS, PERCENT, SECONDS = ((1.0, "nats per token"),), ((0.01, "%"),), ((1e-3, "ms"), (1.0, "s"))
 LOSS, RANGE, SPEED = ("first", "last", "min"), ("first", "last", "min", "max"), ("first", "last", "min", "median")
 MEMORY = (("memory_bytes", "held"), ("largest_peak_memory_bytes", "peak of the largest rank"))
 
@@ -48,8 +48,10 @@ FIGURES = (
     Figure("tokens_per_s", "Throughput", SPEED, ((1.0, "tokens/s"),), optional=False),
     Figure("tflops", "Model TFLOP/s, all ranks", SPEED, ((1.0, "TFLOP/s"),), optional=False),
     Figure("mfu", "MFU", SPEED, PERCENT),
-    Figure("step_s", "Step time", (*SPEED, "p95", "max"), ((1e-3, "ms"), (1.0, "s")), optional=False),
+    Figure("step_s", "Step time", (*SPEED, "p95", "max"), SECONDS, optional=False),
     Figure("peak_memory_bytes", "Peak memory, rank 0", RANGE, BYTES, also=MEMORY, optional=False),
+    Figure("offload_fraction", "Optimizer state in host memory, rank 0", RANGE, PERCENT),
+    Figure("offload_exposed_s", "Optimizer step that hides behind nothing, rank 0", (*SPEED, "max"), SECONDS),
     Figure("lr", "Learning rate", RANGE, optional=False),
     Figure("grad_norm", "Gradient norm", RANGE, optional=False),
     Figure("fill", "Rows filled with conversations", (*SPEED, "max"), PERCENT),

@@ -96,8 +96,8 @@ def marks(runs: Sequence[Run]) -> list[Mark]:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each run that was resumed or ran steps twice, and for each that skipped steps."""
-    return [note for run in runs for note in (_resumes(run), _skips(run)) if note]
+    """A sentence for each run that was resumed or ran steps twice, that skipped steps, and that moved state."""
+    return [note for run in runs for note in (_resumes(run), _skips(run), _moves(run)) if note]
 
 
 def _resumes(run: Run) -> str:
@@ -116,3 +116,18 @@ def _skips(run: Run) -> str:
     named = ", ".join(f"{step:,} ({what})" for step, what in list(run.skipped.items())[:NAMED])
     more = f" and {len(run.skipped) - NAMED:,} more" if len(run.skipped) > NAMED else ""
     return f"{run.label}: steps skipped, for numbers that are not finite: {named}{more}."
+
+
+def _moves(run: Run) -> str:
+    if not run.moves:
+        return ""
+    named = ", ".join(_move(line) for line in run.moves[:NAMED])
+    more = f" and {len(run.moves) - NAMED:,} more" if len(run.moves) > NAMED else ""
+    return f"{run.label}: optimizer state moved, by its share in host memory: {named}{more}."
+
+
+def _move(line: dict) -> str:
+    """Step, reason, stage of the pipeline, shares before and after."""
+    before, after = (f"{number(100 * as_float(line.get(name)), 3)} %" for name in ("fraction_before", "fraction"))
+    stage = f", stage {line['stage']}" if line.get("stage") else ""
+    return f"step {line.get('step', '?')} ({line.get('reason')}{stage}: {before} to {after})"

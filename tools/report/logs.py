@@ -9,7 +9,7 @@ from typing import Any
 
 from megapatch.models.cli import UserError
 
-EVENTS = ("start", "data", "train", "samples", "bad_step", "eval", "test", "save", "resume", "end")
+EVENTS = ("start", "data", "train", "samples", "bad_step", "eval", "test", "save", "resume", "end", "offload")
 MEASURED = ("train", "eval", "test")  # have a loss at a step
 NAN = float("nan")
 
@@ -27,6 +27,7 @@ class Run:
     resumed_at: list[int] = field(default_factory=list)  # steps, each once
     saved_at: list[int] = field(default_factory=list)
     skipped: dict[int, str] = field(default_factory=dict)  # step: what was not finite
+    moves: list[dict[str, Any]] = field(default_factory=list)  # of optimizer state, from and to host memory
     times: list[float] = field(default_factory=list)  # unix times of all lines that have one
     unknown: int = 0  # lines with an event this tool does not know
 
@@ -98,6 +99,8 @@ NUMBERS = {
     "peak_memory_bytes",
     "memory_bytes",
     "mfu",
+    "offload_fraction",
+    "offload_exposed_s",
     "expert_tokens_max",
     "expert_tokens_mean",
     "ts",
@@ -114,6 +117,8 @@ def _add(run: Run, event: str, line: dict[str, Any]) -> None:
         marked.append(step)
     if event == "bad_step" and isinstance(step, int):
         run.skipped[step] = str(line.get("what", "a number is"))
+    if event == "offload" and line.get("reason") != "start":
+        run.moves.append(line)
     if not math.isnan(time := as_float(line.get("ts"))):
         run.times.append(time)
 
