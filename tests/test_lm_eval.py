@@ -148,3 +148,26 @@ def test_arguments_that_do_not_exist_are_named(place: Path) -> None:
             _arguments("", given)
     made = _arguments(str(place), {"batch_size": "auto", "max_batch_size": None, "device": "cpu", "dtype": "bfloat16"})
     assert (made.batch_size, made.precision) == (8, "bf16")
+
+
+def test_conversations_read_as_transformers_writes_them(place: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from megapatch.models.tokenizer import Tokenizer
+    from megapatch.tools.generate.lm_eval_model import Arguments, MegapatchLM
+
+    text = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
+    text += "{% if add_generation_prompt %}[a]{% endif %}"
+    (place / "made" / "chat_template.jinja").write_text(text)
+    ours = MegapatchLM.__new__(MegapatchLM)  # without its weights
+    ours.arguments, ours.tokens = Arguments(model=place / "made"), Tokenizer(place / "made")
+    theirs = AutoTokenizer.from_pretrained(place / "made")
+    ask = [{"role": "user", "content": "Hi"}]
+    said = theirs.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
+    assert ours.apply_chat_template(ask) == said == "[user]Hi<eos>[a]"
+    begun = [*ask, {"role": "assistant", "content": "The answer is"}]
+    said = theirs.apply_chat_template(begun, tokenize=False, continue_final_message=True)
+    assert ours.apply_chat_template(begun, add_generation_prompt=False) == said
+    assert ours.chat_template(True) == text and ours.chat_template(False) is None
+    assert ours.tok_encode("Hi") == theirs.encode("Hi")
+    assert ours.tok_encode("<eos>Hi") == theirs.encode("<eos>Hi"), "bos is not put before a bos"
