@@ -150,13 +150,19 @@ def world_size() -> int:
 def start(parallel: Parallel, device: "Device", *, timeout_s: float = 1800) -> None:
     """Join the process group (a private one when started by hand) and cut it into megatron-core's groups."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     parallel.data_parallel_size(world_size())
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
         store, rank, size = _meeting_place(timeout)
         dist.init_process_group(device.backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    make_groups(parallel)
+
+
+def make_groups(parallel: Parallel, **more: Any) -> None:
+    """Cut the processes that have met into megatron-core's groups; ``more`` goes to its function."""
+    from megatron.core import parallel_state
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -164,6 +170,7 @@ def start(parallel: Parallel, device: "Device", *, timeout_s: float = 1800) -> N
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.expert_tp,
+        **more,
     )
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megapatch.models.parallel import Parallel
+from megapatch.models.parallel import Parallel, make_groups
 
 
 @contextmanager
@@ -16,15 +16,7 @@ def pretending(parallel: Parallel, world_size: int, rank: int) -> Iterator[None]
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tp,
-            pipeline_model_parallel_size=parallel.pp,
-            virtual_pipeline_model_parallel_size=parallel.vpp,
-            context_parallel_size=parallel.cp,
-            expert_model_parallel_size=parallel.ep,
-            expert_tensor_parallel_size=parallel.expert_tp,
-            create_gloo_process_groups=False,
-        )
+        make_groups(parallel, create_gloo_process_groups=False)
         yield
     finally:
         parallel_state.destroy_model_parallel()

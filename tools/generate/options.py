@@ -1,16 +1,15 @@
 """Options of mp-generate and mp-score: which model, how its tokens are chosen, which chat template."""
 
-import datetime
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 from megapatch.models.cli import opt
 from megapatch.models.parallel import Parallel
 from megapatch.models.request import Sampling
+from megapatch.models.template_options import TemplateOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,37 +85,12 @@ class Choosing(Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Templating(Loading):
-    """The chat template."""
-
-    template: Optional[str] = opt("chat template: one of the tokenizer's by name, or a Jinja file", None)
-    template_arguments: str = opt(
-        "further variables that the template sees, as JSON, such as '{\"enable_thinking\": false}'", "", metavar="JSON"
-    )
-    date: Optional[str] = opt("what a template that writes today's date takes for it", None, metavar="YYYY-MM-DD")
+class Templating(Loading, TemplateOptions):
+    """The model, and the chat template."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.arguments, self.today
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """--template-arguments."""
-        try:
-            found = json.loads(self.template_arguments or "{}")
-        except ValueError as error:
-            raise ValueError(f"--template-arguments {self.template_arguments}: not JSON ({error})") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"--template-arguments {self.template_arguments}: expected a JSON object")
-        return found
-
-    @property
-    def today(self) -> datetime.date | None:
-        """--date."""
-        try:
-            return datetime.date.fromisoformat(self.date) if self.date else None
-        except ValueError as error:
-            raise ValueError(f"--date {self.date}: {error}; expected YYYY-MM-DD") from error
+        self.check_template()
 
 
 def _bias(text: str) -> tuple[int, float]:
