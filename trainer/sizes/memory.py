@@ -178,7 +178,7 @@ class Activations:
         kept = [sum(self.of_layer(layer, at) for at, layer in enumerate(chunk)) for chunk in chunks]
         moved = [self.moved(layer, at, chunk) for chunk in chunks for at, layer in enumerate(chunk)]
         total = (sum(kept) - sum(moved)) / len(kept) * in_flight(options, stage, count)
-        total += min(UNDER_WAY + 1, sum(size > 0 for size in moved)) * max(moved)
+        total += min(UNDER_WAY + 1, sum(size > 0 for size in moved)) * max(moved, default=0)
         if options.recompute == "full":  # one unit is there whole while its backward pass runs
             whole = (sum(self.parts(layer).values()) for chunk in chunks for layer in chunk)
             total += options.recompute_unit * max(whole, default=0.0)
