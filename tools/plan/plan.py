@@ -28,8 +28,8 @@ EXAMPLES = """examples:
   mp-pretrain @train.args --tokenizer tokenizer --data-path data --save run --train-iters 1000 --dry-run
 
 Bytes are those of the real modules, run once for each kind of layer without a GPU and without content. Layers are
-ours with a fused attention, not Transformer Engine's; experts get equal shares of tokens, or --expert-load. The step
-time is a bound that no run reaches: use it to compare plans.
+ours with a fused attention, not those of Transformer Engine; experts get equal shares of tokens, or --expert-load. The
+step time is a bound that no run reaches: use it to compare plans.
 
 exit status: 0 planned; 1 failed; 2 wrong usage; 3 nothing fits."""
 
