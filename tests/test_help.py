@@ -89,6 +89,8 @@ def commands_in(text: str, name: str) -> list[list[str]]:
     """The arguments of each call of ``name`` in shell lines; other commands of a pipe are left out."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
+        if name not in line:
+            continue  # prose has apostrophes
         words = shlex.shlex(line, posix=True, punctuation_chars="|&;<>()")
         words.whitespace_split = True
         call: list[str] | None = None

@@ -20,9 +20,9 @@ DENSE = {  # name: (processes, arguments)
     ),
     "CP2": (2, "--cp 2"),
     "DP2 distributed optimizer, overlap": (2, OVERLAP),
-    "TP2 CP2": (4, "--tp 2 --cp 2"),
 }
 DENSE_SLOW = {
+    "TP2 CP2": (4, "--tp 2 --cp 2"),
     "DP2": (2, ""),
     "TP2": (2, "--tp 2"),
     "TP4, more than key-value heads": (4, "--tp 4"),
@@ -43,13 +43,13 @@ DENSE_SLOW = {
 }
 MIXTURE = {
     "EP2": (2, "--ep 2"),
-    "ETP2": (2, "--etp 2"),
-    "TP2 SP ETP1": (2, f"{SP} --etp 1"),
     "TP2 SP EP2 ETP1": (2, "--tp 2 --sequence-parallel --ep 2 --etp 1"),
     "CP2 EP2": (2, "--cp 2 --ep 2"),
     "TP2 SP PP2 EP2 ETP1": (4, f"{SP} --pp 2 --ep 2 --etp 1"),
 }
 MIXTURE_SLOW = {
+    "TP2 SP ETP1": (2, f"{SP} --etp 1"),
+    "ETP2": (2, "--etp 2"),
     "EP4": (4, "--ep 4"),
     "TP2 SP": (2, SP),
     "CP2 ETP2": (2, "--cp 2 --etp 2"),

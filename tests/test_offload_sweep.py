@@ -144,7 +144,7 @@ def test_other_losses_are_a_failure_and_dominated_points_are_named(
     said = "".join(drawn.itertext())
     assert "optimizer in host memory, share: 1, 0.5, 0 (left to right)" in said and "recomputation: full" in said
     circles = [e.get("class") for e in drawn.iter() if e.tag.endswith("circle")]
-    assert circles.count("hollow c5") == 2 + 1 and len(circles) == 5 + 2 + 1  # the legend shows one
+    assert circles.count("hollow c5") == 2 + 1 and len(circles) == 5 + 2 + 1  # one is in the legend
 
 
 def test_a_table_has_a_line_for_a_point_that_failed() -> None:

@@ -81,7 +81,7 @@ def planned(model: str, precision: Any, samples: int, again: str | None, layout:
     cut = replace(cut, etp=layout.get("etp", cut.tp))
     kinds, count = trace.layer_kinds(hf), BATCH // samples // cut.copies
     parts = [stages.stage_of(cut, n, kinds, [found], precision) for n in range(pp)]
-    return [replace(part, distributed=False).need(count, temporary=0) for part in parts]
+    return [replace(part, distributed=False).need(count) for part in parts]
 
 
 def cases(rows: list) -> dict[str, list[str]]:
@@ -113,12 +113,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(folder: Path, rows: list, processes: int) -> dict[str, list[int]]:
     """The most bytes alive on each rank of each case."""
     given = {}
-    for number, (name, words) in enumerate(cases(rows).items()):
+    numbers = {name_of(*row): number for number, row in enumerate([*ONE, *TWO])}  # a run for each in the folder
+    for name, words in cases(rows).items():
         common = (
             f"--tokenizer {folder}/tokenizer --data-path {folder}/data --data-cache-path {folder}/cache --seq-length "
         )
         common += f"{LENGTH} --global-batch-size {BATCH} --train-iters 1 --lr 1e-3 --save-interval 100 --device cpu "
-        common += f"--save {folder}/run{processes}.{number} --init-from {folder}/{name.split()[0]}"
+        common += f"--save {folder}/run{numbers[name]} --init-from {folder}/{name.split()[0]}"
         given[name] = [*common.split(), *words]
     return launch(processes, given, folder, "plan_worker.py")  # type: ignore[return-value]
 

@@ -8,9 +8,12 @@ Weights, gradients and optimizer state follow from the number of parameters, for
                     for experts by those that hold the same ones), and what is offloaded is on the host
 
 (Rajbhandari et al. 2020, arXiv 1910.02054). Activations are the pieces' (trace.py), for as many micro-batches as
-megatron-core's schedules have in flight: 1F1B and interleaved (Narayanan et al. 2021, arXiv 2104.04473).
+megatron-core's schedules have in flight: 1F1B and interleaved (Narayanan et al. 2021, arXiv 2104.04473). Adam is fused
+and updates in place; while gradients are clipped, one tensor of them is there twice (megatron-core without Transformer
+Engine). State that streams through the device has room for three chunks there (`--offload-engine stream`).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 WIDTH = {"fp32": 4, "bf16": 2}  # bytes of a weight
 GRADIENT, MOMENTS, MASTER = 4, 8, {"fp32": 0, "bf16": 4}
+STREAMED, CHUNKS, CHUNK = 3, 16, (1 << 20, 4 << 20)  # chunks on the device, in a rank's state, and numbers of each
+BUCKET = 128  # numbers: buckets of gradients end at multiples of it, and of the ranks that share them
 LONGEST = 4  # of a schedule, in pipeline depths: what follows repeats
 
 
@@ -147,21 +152,42 @@ class Stage:
             return dense + experts
         return -(-dense // self.layout.dense_ranks) - (-experts // self.layout.expert_ranks)
 
+    @cached_property
+    def padding(self) -> int:
+        """Numbers that no parameter has in the buffers of weights and gradients, which the ranks divide."""
+        if not self.distributed:
+            return 0
+        starts = sum(piece.padding for chunk in self.chunks for piece in chunk.pieces)
+        ranks = (self.layout.dense_ranks, self.layout.expert_ranks)
+        return starts + sum(-n % math.lcm(each, BUCKET) for n, each in zip(self.parameters, ranks, strict=True))
+
+    @property
+    def clipped(self) -> int:
+        """Bytes of the largest gradient of this rank."""
+        return GRADIENT * min(self.optimized, max(p.largest for chunk in self.chunks for p in chunk.pieces))
+
+    @property
+    def streamed(self) -> int:
+        """Bytes on the device for what is offloaded and comes there to be updated."""
+        least, most = CHUNK
+        chunk = min(self.optimized, max(least, min(most, self.optimized // CHUNKS)))
+        return STREAMED * chunk * (MOMENTS + 4)  # and fp32 masters
+
     @property
     def state_bytes(self) -> int:
         """Optimizer state of this rank, wherever it is."""
         return self.optimized * (MOMENTS + MASTER[self.precision])
 
-    def need(self, count: int, *, offloaded: float = 0.0, temporary: int = 0) -> Need:
-        """With ``count`` micro-batches a step; ``temporary`` bytes per parameter that the optimizer steps."""
-        numbers = sum(self.parameters)
+    def need(self, count: int, *, offloaded: float = 0.0) -> Need:
+        """With ``count`` micro-batches a step."""
+        numbers = sum(self.parameters) + self.padding
         away = round(self.state_bytes * offloaded)
         return Need(
             numbers * WIDTH[self.precision],
             numbers * GRADIENT,
-            self.state_bytes - away,
+            self.state_bytes - away + (self.streamed if away else 0),
             most_held(self.chunks, self.stage, self.layout.pp, count) + self.shared,
-            round(self.optimized * temporary * (1 - offloaded)) + sum(chunk.left for chunk in self.chunks),
+            self.clipped + sum(chunk.left for chunk in self.chunks),
             away,
         )
 

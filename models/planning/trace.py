@@ -4,7 +4,7 @@ A piece is what comes before the first layer, a layer of each kind, or what come
 a stage of any depth are sums over its pieces: ``stages.py``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -24,6 +24,7 @@ from megapatch.models.planning.meter import Meter, Segment, Work, replaced
 from megapatch.models.planning.stand_ins import converted, standing_in, workspace
 
 BEFORE, AFTER = "before", "after"  # the layers of the first and of the last stage
+ALIGNED = 64  # numbers: where tensors begin in the buffers of a distributed optimizer
 RECEIVED, SENT = "received", "sent"  # instead of these, on other stages
 
 
@@ -39,8 +40,8 @@ class Batch:
 @dataclass(frozen=True)
 class Piece:
     """Of one micro-batch: bytes it keeps from forward to backward pass; the most it has in each above what was there
-    when its forward pass began; what stays in its modules until they run again; its parameters, and those of them that
-    are experts'; the work of each pass."""
+    when its forward pass began; what stays in its modules until they run again; its parameters, those of them that are
+    experts', numbers that pad them in buffers, and the largest tensor's; the work of each pass."""
 
     kept: int
     forward: int
@@ -48,6 +49,8 @@ class Piece:
     left: int
     parameters: int
     experts: int
+    padding: int
+    largest: int
     forward_work: Work = field(compare=False)
     backward_work: Work = field(compare=False)
 
@@ -219,21 +222,28 @@ def _run(model: Any, meter: Meter, batch: Batch) -> None:
         model.set_input_tensor(None)
 
 
-def _counts(model: Any, alone: bool) -> list[tuple[int, int]]:
-    """Parameters, and those of experts, before the layers, of each, and after them."""
+def _counts(model: Any, alone: bool) -> list[tuple[int, int, int, int]]:
+    """Parameters as a piece tells them, before the layers, of each, and after them."""
     layers = [_count(layer.parameters()) for layer in model.decoder.layers]
     if not alone:
-        return [(0, 0), *layers, (0, 0)]
-    before, every = _count(model.embedding.parameters())[0], _count(model.parameters())[0]
-    return [(before, 0), *layers, (every - before - sum(n for n, _ in layers), 0)]
+        return [_count([]), *layers, _count([])]
+    before = [*model.embedding.parameters()]
+    others = {id(x) for x in [*before, *model.decoder.layers.parameters()]}
+    return [_count(before), *layers, _count(x for x in model.parameters() if id(x) not in others)]
 
 
-def _count(parameters: Any) -> tuple[int, int]:
-    numbers = [(x.numel(), 0 if getattr(x, "allreduce", True) else x.numel()) for x in parameters]
-    return sum(n for n, _ in numbers), sum(n for _, n in numbers)
+def _count(parameters: Iterable[Tensor]) -> tuple[int, int, int, int]:
+    numbers = [(x.numel(), getattr(x, "allreduce", True)) for x in parameters]
+    every = [n for n, _ in numbers]
+    return (
+        sum(every),
+        sum(n for n, dense in numbers if not dense),
+        sum(-n % ALIGNED for n in every),
+        max(every, default=0),
+    )
 
 
-def _pieces(segments: Sequence[Segment], counts: Sequence[tuple[int, int]]) -> list[Piece]:
+def _pieces(segments: Sequence[Segment], counts: Sequence[tuple[int, int, int, int]]) -> list[Piece]:
     """Join each forward segment with the backward one of its name."""
     by_name, following = {s.name: s for s in segments}, dict(pairwise(s.name for s in segments))
     found: list[Piece] = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from megapatch.models.build import ModelOptions
 from megapatch.models.planning.scaling import scaled
-from megapatch.models.planning.stages import GRADIENT, WIDTH, Layout, Need, Stage, stage_of
+from megapatch.models.planning.stages import WIDTH, Layout, Need, Stage, stage_of
 from megapatch.models.planning.trace import Batch, Traced, trace
 from megapatch.tools.plan.roofline import Speed, speed
 from megapatch.tools.plan.ways import Again, Asked, divisors, parallel, ways_again
@@ -78,7 +78,7 @@ class Search:
         """What a choice needs, and how fast it is."""
         asked, parts = self.asked, self.stages(choice)
         count = asked.batch // choice.layout.copies // choice.samples
-        needs = [part.need(count, offloaded=choice.offloaded, temporary=GRADIENT) for part in parts]
+        needs = [part.need(count, offloaded=choice.offloaded) for part in parts]
         totals = [self.with_slack(need) for need in needs]
         layout, tokens = choice.layout, asked.seq_length // choice.layout.cp * choice.samples
         boundary = tokens // layout.tp * asked.config["hidden_size"] * WIDTH[asked.precision]
@@ -140,9 +140,11 @@ class Search:
 
     def offloaded(self, found: Plan) -> Plan | None:
         """With as little of the optimizer's state in host memory as fits, if all of it is enough."""
-        states = [stage.state_bytes for stage in self.stages(found.choice)]
-        short = [self.with_slack(need) - self.asked.budget_bytes for need in found.needs]
-        share = max(each / state for each, state in zip(short, states, strict=True))
+        stages, budget = self.stages(found.choice), self.asked.budget_bytes
+        short = [
+            self.with_slack(need) - budget + stage.streamed for need, stage in zip(found.needs, stages, strict=True)
+        ]
+        share = max(each / stage.state_bytes for each, stage in zip(short, stages, strict=True))
         fraction = math.ceil(share * FRACTIONS) / FRACTIONS
         moved = self.plan(replace(found.choice, offloaded=min(fraction, 1.0)))
         return moved if self.fits(moved) else None
