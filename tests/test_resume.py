@@ -108,7 +108,9 @@ def runs(folder: Path, request: pytest.FixtureRequest) -> dict[str, list[dict]]:
     }
     killed |= {f"{name}, rest": case["arguments"] for name, case in killed.items()}
     done = {"done": run("dense", "", "killed in a step"), "precision": run("dense", "--precision bf16", "alone")}
-    first = launch(1, killed | same(1) | before(1) | done, folder)
+    done["other batch"] = run("dense", "--global-batch-size 4 --train-iters 6 --lr-schedule linear", "batches")
+    begun = {"batch": interrupted("dense", "--lr-schedule linear --train-iters 4 --lr-decay-iters 6", "batches", 0)}
+    first = launch(1, killed | same(1) | before(1) | begun | done, folder)
     second = launch(2, same(2) | after(2) | before(2), folder)
     return first | second | launch(1, after(1), folder)
 
@@ -160,6 +162,12 @@ def test_a_killed_run_goes_on_from_its_last_complete_checkpoint_to_the_bit(
 
 def test_a_finished_run_started_again_trains_nothing(runs: dict[str, list[dict]]) -> None:
     assert runs["done"] == []
+
+
+def test_the_learning_rate_goes_on_where_it_was_with_another_global_batch_size(runs: dict[str, list[dict]]) -> None:
+    assert not error(runs["other batch"])
+    found = steps(runs["batch"], runs["other batch"])
+    assert [lr for *_, lr in found] == pytest.approx([1e-3 * (1 - n / 6) for n in range(6)])
 
 
 def test_a_run_is_not_resumed_at_another_precision(runs: dict[str, list[dict]]) -> None:
