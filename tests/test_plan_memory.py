@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +160,24 @@ def test_ranks_hold_what_was_planned(found: Callable, case: tuple, quick: bool) 
         assert need.total == pytest.approx(bytes_, rel=0.05)
 
 
-@pytest.mark.parametrize("model", ["dense", "experts", "latent"])
-@pytest.mark.parametrize("again", [None, "full", "moe"])
-@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sequence_parallel": True, "cp": 2}, {"ep": 4}], ids=str)
+def sums() -> list:
+    """Models, recomputation and layouts, each with each; slow are all but those where each two meet once."""
+    made = []
+    for at, (model, part, last) in enumerate(
+        [("dense", "mlp", "tp"), ("experts", "moe", "ep"), ("latent", "moe", "ep")]
+    ):
+        for (i, again), (j, layout) in product(
+            enumerate([None, "full", part]), enumerate([{}, {"tp": 2, "sequence_parallel": True, "cp": 2}, {last: 2}])
+        ):
+            marks = () if (at + i + j) % 3 == 0 else pytest.mark.slow
+            made.append(pytest.param(model, again, layout, id=name_of(model, again, layout), marks=marks))
+    return made
+
+
+@pytest.mark.parametrize(("model", "again", "layout"), sums())
 def test_the_sum_of_pieces_is_the_whole_model(model: str, again: str | None, layout: dict[str, int]) -> None:
     """Each layer of a deeper model run: to the byte, but for sums of the balancing loss, 4 bytes a layer; where layers
     with experts are computed again, modules hold one gradient of hidden states, which is counted for each kind."""
-    if (model == "dense" and "ep" in layout) or (model == "dense" and again == "moe"):
-        layout, again = {"tp": 2}, "mlp"
     hf = {**MODELS[model], "num_hidden_layers": 6}
     made = ModelOptions(
         parallel.Parallel(**layout), stand_ins.Pretended("cpu", False, False, ""), "bf16", LENGTH, FIELDS[again]
