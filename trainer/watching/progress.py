@@ -171,7 +171,7 @@ class Page:
 
     def _start(self, more: list[str]) -> None:
         self.said = tempfile.TemporaryFile()
-        words = [sys.executable, "-m", f"{__package__.rpartition('.')[0]}.tools.report.report", str(self.log)]
+        words = [sys.executable, "-m", f"{__package__.partition('.')[0]}.tools.report.report", str(self.log)]
         words += ["--output", str(self.target), "--title", Path(self.target).parent.name, *more]
         self.child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.said)
 
