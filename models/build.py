@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megapatch.models.cli import UserError
@@ -53,13 +54,13 @@ class ModelOptions:
 def transformer_config(hf: HfConfig, options: ModelOptions) -> TransformerConfig:
     """megatron-core's configuration of a config.json on a device at a layout (UserError when they do not fit)."""
     fields = find(hf).transformer_config(hf)
-    fields["mtp_num_layers"] = None  # only training asks for them, in overrides
     options.parallel.check_model(fields)
+    fields["mtp_num_layers"] = None  # only training asks for them, in overrides
     fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     dtype = DTYPES[options.precision]
     moe = {"moe_token_dispatcher_type": "alltoall"} if fields.get("num_moe_experts") else {}
     types = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": options.precision == "bf16"}
-    layout, machine = options.parallel.config(), options.device.config()
+    layout, machine = options.parallel.config(fields | options.overrides), options.device.config()
     try:
         return config_class(fields)(**machine | layout | moe | types | fields | options.overrides)
     except ValueError as error:
@@ -106,11 +107,26 @@ def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage
         frequencies = torch.tensor(inverse_frequencies(hf), dtype=torch.float64)
         model.rotary_pos_emb.inv_freq = frequencies.to(torch.float32).to(options.device.torch)
     fuse_activations(model)
+    _mark_experts(model)
     for adapt in modules.adapt:
         adapt(model, hf)
     if model.post_process:
         hide_padding(model, vocab)
     return model
+
+
+def _mark_experts(model: GPTModel) -> None:
+    """Experts' weights meet ever other numbers of rows; their gradients are added up over ranks with the same part.
+
+    megatron-core 0.16.1 does the latter only where --ep is above 1 (tensor_parallel/layers.py:886, :1209), and else
+    adds them up as those of dense layers: with --etp below --tp over too few ranks, above it over different parts.
+    """
+    apart = model.config.expert_tensor_parallel_size != model.config.tensor_model_parallel_size
+    for module in model.modules():
+        for parameter in module.experts.parameters() if isinstance(module, MoELayer) else ():
+            parameter.rows_vary = True
+            if apart:  # else the ranks are the same
+                parameter.allreduce = False
 
 
 def padded_vocabulary(vocab_size: int, tp: int) -> int:

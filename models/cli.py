@@ -131,10 +131,16 @@ class _Parser(argparse_dataclass.ArgumentParser):
             raise ValueError(f"@file: {arg_line.strip()}: {error}; quote it as for a shell") from error
 
     def error(self, message: str) -> Never:  # type: ignore[misc]
-        tell_torchrun(f"{_label(self.prog)}: error: {message}")
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # under torchrun, the first process of a node tells
-            self.exit(USAGE)
-        super().error(message)
+        tell_torchrun(line := f"{_label(self.prog)}: error: {message}")
+        told = os.environ.get("LOCAL_RANK", "0") == "0"  # under torchrun, the first process of a node tells
+        self.exit(USAGE, f"{line}\n" if told else None)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # what is unknown is refused before the options refuse what they lack for it
+        found, others = argparse.ArgumentParser.parse_known_args(self, args, namespace)
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return found, others
 
     def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:  # type: ignore[override]
         name = settings.get("dest") or flags[0].lstrip("-").replace("-", "_")
@@ -155,9 +161,7 @@ def parser(options: type, *, prog: str, epilog: str = "") -> argparse.ArgumentPa
     check(options)
     made = _Parser(
         options,
-        prog=prog,
-        description=inspect.cleandoc(options.__doc__ or ""),
-        epilog=epilog,
+        **{"prog": prog, "epilog": epilog, "description": inspect.cleandoc(options.__doc__ or "")},
         allow_abbrev=False,
         fromfile_prefix_chars="@",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -203,12 +207,7 @@ def _git_commit() -> str:
 
 
 def run(
-    options: type[T],
-    work: Callable[[T], int | None],
-    *,
-    prog: str,
-    epilog: str = "",
-    argv: Sequence[str] | None = None,
+    options: type[T], work: Callable[[T], int | None], *, prog: str, epilog: str = "", argv: Sequence[str] | None = None
 ) -> int:
     """Parse argv into ``options``, do the work, and return the exit status.
 

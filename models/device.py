@@ -13,12 +13,14 @@ import os
 import random
 import resource
 import warnings
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 import numpy
 import torch
+from torch import Tensor
 
 from megapatch.models.cli import UserError
 
@@ -67,6 +69,33 @@ class Device:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def forget_peak(self) -> None:
+        """Measure the peak anew from here, which a CPU cannot."""
+        if self.kind == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def memory_bytes(self) -> int | None:
+        """Memory of the GPU in all; None on a CPU, which shares its own with everything else."""
+        return torch.cuda.get_device_properties(self.torch).total_memory if self.kind == "cuda" else None
+
+    def free_cached(self) -> None:
+        """Give memory that nothing uses back to the GPU."""
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+
+    def host_memory(self, nbytes: int) -> Tensor:
+        """Host memory [nbytes] of exactly this size (torch's own pinned memory is rounded up to a power of two).
+
+        Where there is a GPU it is pinned, so that copies run beside the computation.
+        """
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        if self.kind == "cuda" and nbytes:
+            api, address = torch.cuda.cudart(), memory.data_ptr()
+            if code := int(api.cudaHostRegister(address, nbytes, 0)):
+                raise UserError(f"{nbytes:,} bytes of host memory could not be pinned (CUDA error {code}); ulimit -l?")
+            weakref.finalize(memory.untyped_storage(), api.cudaHostUnregister, address)
+        return memory
+
     def config(self) -> dict[str, Any]:
         """TransformerConfig fields that follow from the device: what needs a GPU kernel is off without it."""
         fused = self.kind == "cuda"
@@ -102,6 +131,11 @@ def set_connections(count: int) -> str:
     """Have the driver make so many queues to the GPU, which must not be in use yet; what was done, for the log."""
     given = os.environ.setdefault(CONNECTIONS, str(count))
     return f"{CONNECTIONS}={given}" + ("" if given == str(count) else f" as the environment says, not {count}")
+
+
+def hide_gpus() -> None:
+    """Have this process, which has used no GPU yet, see none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def installed(package: str) -> bool:
@@ -150,13 +184,21 @@ def _cpu(reason: str) -> Device:
         import megatron.core.models.gpt
         import megatron.core.optimizer  # noqa: F401
 
-    from megapatch.models.patches import core_on_cpu, rotary
+    from megapatch.models.patches import core_on_cpu
 
     core_on_cpu.install()
     core_on_cpu.tell_missing_engine()
-    rotary.ROTARY.apply()
-    _keep_freed_memory()
+    make_faster()
     return Device("cpu", False, False, reason)
+
+
+def make_faster() -> None:
+    """Have a CPU take less time for what megatron-core computes; nothing else depends on it."""
+    from megapatch.models import patches
+    from megapatch.models.patches import products, rotary
+
+    patches.apply((rotary.ROTARY, *products.PRODUCTS))
+    _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:

@@ -130,7 +130,7 @@ def load_core(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
                 refuse_lack(folder, key)
     loaded = dist_checkpointing.load(state, str(folder))
     for name, model in models.items():
-        model.load_state_dict(loaded[name])
+        model.load_state_dict(loaded.get(name, {}))  # a chunk of an uneven pipeline may be empty
 
 
 def unwrapped(chunk: Any) -> Any:

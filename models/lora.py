@@ -36,6 +36,12 @@ _PLAIN = {  # settings of peft that are not supported -> the values that mean wi
     "layers_to_transform": ([],),
     "target_parameters": ([],),
     "exclude_modules": ([],),
+    "trainable_token_indices": ([],),
+    "layer_replication": ([],),
+    "alora_invocation_tokens": ([],),
+    "use_qalora": (False,),
+    **dict.fromkeys(("loftq_config", "corda_config", "lora_ga_config", "arrow_config", "kasa_config"), ({},)),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the weights of the base too
 }
 GROUPS = {"attention": ("self_attention.",), "mlp": ("mlp.",), "all": ("self_attention.", "mlp.")}  # in core's names
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Optional
 
+from megapatch.models import splits
 from megapatch.models.cli import Common, UserError, opt
 
 if TYPE_CHECKING:
@@ -22,6 +23,15 @@ class Parallel(Common):
     pp: int = opt("pipeline parallelism: stages of layers", 1, flags=["--pipeline-model-parallel-size", "--pp"])
     vpp: Optional[int] = opt(
         "interleaved pipeline: model chunks per stage", None, flags=["--virtual-pipeline-model-parallel-size", "--vpp"]
+    )
+    decoder_first_pipeline_num_layers: Optional[int] = opt(
+        "layers of the first pipeline stage; those between it and the last share the rest evenly", None
+    )
+    decoder_last_pipeline_num_layers: Optional[int] = opt("layers of the last pipeline stage, likewise", None)
+    pipeline_model_parallel_layout: Optional[str] = opt(
+        "layers of each chunk of the pipeline, such as 'Ett|(ttt|)*6tmL': E embedding, t layer, m layer of multi-token "
+        "prediction, L loss; chunks go round the stages",
+        None,
     )
     cp: int = opt(
         "context parallelism: processes that share each sequence", 1, flags=["--context-parallel-size", "--cp"]
@@ -42,11 +52,42 @@ class Parallel(Common):
             raise ValueError("--sequence-parallel needs --tp above 1")
         if self.vpp is not None and (self.pp < 2 or self.vpp < 2):
             raise ValueError(f"--vpp {self.vpp}: needs --pp above 1 and at least 2 chunks per stage")
+        self._refuse_split()
+
+    def _refuse_split(self) -> None:
+        first, last, text = self._split
+        for flag, given in {splits.FIRST: first, splits.LAST: last, splits.LAYOUT: text}.items():
+            if given is not None and self.pp == 1:
+                raise ValueError(f"{flag} needs --pp above 1")
+            if isinstance(given, int) and given < 1:
+                raise ValueError(f"{flag} {given}: must be at least 1")
+        if text is None:
+            return
+        if first is not None or last is not None:
+            raise ValueError(f"{splits.LAYOUT}: not with {splits.FIRST} or {splits.LAST}; it says all")
+        chunks = len(splits.chunks_of(text))
+        if chunks != self.pp * (self.vpp or 1):
+            raise ValueError(
+                f"{splits.LAYOUT} {text}: has {chunks} chunks, --pp {self.pp} x --vpp {self.vpp or 1} needs "
+                f"{self.pp * (self.vpp or 1)}"
+            )
+
+    @property
+    def _split(self) -> tuple[Optional[int], Optional[int], Optional[str]]:
+        first, last, text = (getattr(self, name) for name in splits.OPTIONS)
+        return first, last, text
 
     @property
     def expert_tp(self) -> int:
         """Tensor parallelism inside experts."""
         return self.etp or self.tp
+
+    def stage_layers(self, num_layers: int) -> splits.Counts:
+        """How many layers each chunk of each pipeline stage has, [chunk][stage] (UserError where they do not fit)."""
+        first, last, text = self._split
+        if text is not None:
+            return splits.by_text(text, num_layers, self.pp)
+        return splits.by_ends(num_layers, self.pp, self.vpp or 1, first, last)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model on ``world_size`` processes (UserError when they do not divide)."""
@@ -59,16 +100,14 @@ class Parallel(Common):
 
     def check_model(self, config: Mapping[str, Any]) -> None:
         """Refuse a layout that cannot cut a model with these TransformerConfig fields (UserError)."""
-        heads, groups, layers = config["num_attention_heads"], config["num_query_groups"], config["num_layers"]
+        heads, groups = config["num_attention_heads"], config["num_query_groups"]
         experts = config.get("num_moe_experts")
         if heads % self.tp:
             raise UserError(f"--tp {self.tp} does not divide the {heads} attention heads of config.json")
         if groups % self.tp and self.tp % groups:
             raise UserError(f"--tp {self.tp} and the {groups} key-value heads of config.json do not divide each other")
-        chunks = self.pp * (self.vpp or 1)
-        if layers % chunks:
-            name = "--pp x --vpp" if self.vpp else "--pp"
-            raise UserError(f"{name} = {chunks} does not divide the {layers} layers of config.json")
+        self.stage_layers(config["num_layers"])
+        self._check_prediction(config.get("mtp_num_layers") or 0)
         if self.ep > 1 and not experts:
             raise UserError(f"--ep {self.ep}: the model of config.json has no experts")
         if experts and experts % self.ep:
@@ -76,9 +115,20 @@ class Parallel(Common):
         if experts and self.tp > 1 and not self.sequence_parallel:
             raise UserError(f"--tp {self.tp} on a model with experts needs --sequence-parallel")
 
-    def config(self) -> dict[str, Any]:
-        """TransformerConfig fields of the layout."""
+    def _check_prediction(self, layers: int) -> None:
+        text = self.pipeline_model_parallel_layout
+        if text is not None and (said := splits.chunks_of(text)[-1].count("m")) not in (0, layers):
+            raise UserError(f"{splits.LAYOUT} {text}: {said} layers that predict further (m), config.json {layers}")
+
+    def config(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """TransformerConfig fields of the layout of a model that has these."""
+        uneven = any(given is not None for given in self._split)
+        counts, further = self.stage_layers(model["num_layers"]), model.get("mtp_num_layers") or 0
+        if uneven and further and not counts[-1][-1]:
+            # megatron-core 0.16.1 has the final norm with the last layer then (transformer_block.py:390), not with L
+            raise UserError(f"--mtp-loss-weight needs a layer (t) in the last chunk of {splits.LAYOUT}")
         return {
+            "pipeline_model_parallel_layout": splits.for_core(counts, further) if uneven else None,
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
             "virtual_pipeline_model_parallel_size": self.vpp,
@@ -100,13 +150,19 @@ def world_size() -> int:
 def start(parallel: Parallel, device: "Device", *, timeout_s: float = 1800) -> None:
     """Join the process group (a private one when started by hand) and cut it into megatron-core's groups."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     parallel.data_parallel_size(world_size())
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
         store, rank, size = _meeting_place(timeout)
         dist.init_process_group(device.backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    make_groups(parallel)
+
+
+def make_groups(parallel: Parallel, **more: Any) -> None:
+    """Cut the processes that have met into megatron-core's groups; ``more`` goes to its function."""
+    from megatron.core import parallel_state
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -114,6 +170,7 @@ def start(parallel: Parallel, device: "Device", *, timeout_s: float = 1800) -> N
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.expert_tp,
+        **more,
     )
 
 

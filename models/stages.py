@@ -27,11 +27,6 @@ class Stages:
     copied: bool = False  # the output layer is tied: the last stage holds a copy of the embedding
     predicts: bool = False  # layers for multi-token prediction, which need the embedding, at the end
 
-    @classmethod
-    def even(cls, num_layers: int, pp: int, vpp: int, copied: bool, predicts: bool) -> "Stages":
-        """The same number of layers everywhere."""
-        return cls([[num_layers // (pp * vpp)] * pp] * vpp, copied, predicts)
-
     @property
     def pp(self) -> int:
         """The number of stages."""
@@ -41,6 +36,12 @@ class Stages:
     def vpp(self) -> int:
         """Chunks per stage."""
         return len(self.layers)
+
+    @property
+    def ends(self) -> tuple[int, int] | None:
+        """Layers of the first and of the last stage, where they are not as many as in each of the others."""
+        sizes = [sum(chunk[stage] for chunk in self.layers) for stage in range(self.pp)]
+        return None if len(set(sizes)) == 1 else (sizes[0], sizes[-1])
 
     def of(self, placed: Placed) -> Iterator[Place]:
         """Every place that holds a weight."""

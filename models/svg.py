@@ -12,9 +12,13 @@ THIN_PX = 1.6  # an ordinary curve
 DENSE = 1000  # points; noise of longer lines is drawn paler, so that validation points stand out
 DOTS_BELOW = 40  # lines with fewer points also show them
 ROW_PX = 18  # of a legend
+FOOT, HEAD = "foot", "head"  # marks that are short, at the x axis and at the top
+SHORT_PX = 7
+TITLE_PX = 20
 PLAIN_STYLE = """svg{background:#fff;font-family:system-ui,sans-serif}text{fill:#3d444d}.unit{font-style:italic}
 .grid{stroke:#e9ecef}.axis{stroke:#5b6470}.line{fill:none;stroke:var(--c)}.dot{fill:var(--c)}
-.dashed{stroke-dasharray:6 4}.dotted{stroke-dasharray:2 3}
+.dashed{stroke-dasharray:6 4}.dotted{stroke-dasharray:2 3}.hollow{fill:#fff;stroke:var(--c);stroke-width:1.6}
+.mark{stroke:var(--c);stroke-width:1.5;stroke-dasharray:4 3}.foot,.head{stroke-dasharray:none}.skipped{--c:#a8141c}
 .c0{--c:#1f6fd6}.c1{--c:#d9660f}.c2{--c:#12866b}.c3{--c:#a23bb0}.c4{--c:#8a6d00}.c5{--c:#c8244f}"""
 
 
@@ -32,11 +36,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line at ``x`` with a tooltip."""
+    """A vertical line at ``x`` with a tooltip; ``place``: FOOT, HEAD, or '' for the whole height."""
 
     x: float
     text: str
     style: str
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ def draw(chart: Chart) -> str:
     body = [_text(4, 14, chart.unit, "start", "unit")]
     body += _y_grid(x, y, y_ticks, labels)
     body += _x_ticks(x, y, chart.x_label)
-    body += [_mark(mark, x, y) for mark in chart.marks]
+    apart = {(mark.place, mark.style, int(x(mark.x))): mark for mark in chart.marks}  # one a pixel
+    body += [_mark(mark, x, y) for mark in apart.values()]
     for line in chart.lines:
         body += _line(line, x, y)
     return _frame(chart, body)
@@ -158,7 +164,10 @@ def _x_ticks(x: Axis, y: Axis, name: str) -> list[str]:
 
 def _mark(mark: Mark, x: Axis, y: Axis) -> str:
     at = x(mark.x)
-    line = f'<line class="mark {mark.style}" x1="{at:.1f}" x2="{at:.1f}" y1="{y.end:.1f}" y2="{y.start:.1f}">'
+    top = y.start - SHORT_PX if mark.place == FOOT else y.end
+    bottom = y.end + SHORT_PX if mark.place == HEAD else y.start
+    look = f"mark {mark.style} {mark.place}".strip()
+    line = f'<line class="{look}" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}">'
     return f"{line}<title>{escape(mark.text)}</title></line>"
 
 
@@ -235,14 +244,32 @@ def _frame(chart: Chart, body: Iterable[str]) -> str:
 
 def standalone(chart: Chart) -> str:
     """The chart as a file of its own: with title, colours and a legend below, and nothing from outside."""
-    rows = []
+    return sheet([chart])
+
+
+def sheet(charts: Sequence[Chart]) -> str:
+    """Charts as one file, those that fit side by side; each with its title above and its legend below."""
+    width = max(chart.width for chart in charts)
+    body, x, y, deep = [], 0, 0, 0
+    for chart in charts:
+        if x + chart.width > width:
+            x, y, deep = 0, y + deep, 0
+        body.append(f'<g transform="translate({x} {y})">{_titled(chart)}</g>')
+        x += chart.width
+        deep = max(deep, TITLE_PX + chart.height + ROW_PX * len(chart.lines) + ROW_PX)
+    head = f"<style>{PLAIN_STYLE}</style><title>{escape(', '.join(chart.title for chart in charts))}</title>"
+    size = f'viewBox="0 0 {width} {y + deep}" font-size="{FONT_PX}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{head}{"".join(body)}</svg>\n'
+
+
+def _titled(chart: Chart) -> str:
+    """Title, chart and legend, one below the other."""
+    rows = [_text(chart.width / 2, 16, chart.title, "middle")]
     for i, line in enumerate(chart.lines):
-        y = chart.height + ROW_PX * (i + 0.5)
+        y = TITLE_PX + chart.height + ROW_PX * (i + 0.5)
         rows.append(f'<path class="line {line.style}" stroke-width="2" d="M16 {y:.1f}h24"/>')
+        if line.points:
+            rows.append(f'<circle class="hollow {line.style}" cx="28" cy="{y:.1f}" r="{hollow_px(line):.1f}"/>')
         rows.append(_text(48, y + 4, line.name, "start"))
-    size = f"{chart.width} {chart.height + ROW_PX * (len(rows) // 2 + 2)}"
-    inner = draw(chart).replace("<svg ", f'<svg width="{chart.width}" height="{chart.height}" ', 1)
-    head = f"<style>{PLAIN_STYLE}</style><title>{escape(chart.title)}</title>"
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -20 {size}" font-size="{FONT_PX}">'
-    title = _text(chart.width / 2, -4, chart.title, "middle")
-    return f"{start}{head}{title}{inner}{''.join(rows)}</svg>\n"
+    place = f'y="{TITLE_PX}" width="{chart.width}" height="{chart.height}"'
+    return draw(chart).replace("<svg ", f"<svg {place} ", 1) + "".join(rows)

@@ -9,6 +9,7 @@ results.json: {name: {"token_ids": of each completion, "logprobs": likewise}}, w
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -19,7 +20,10 @@ def requests(prompts: list[list[int]]) -> list:
     """Half of them greedy, half sampled."""
     from megapatch.models.request import Request, Sampling
 
-    kinds = Sampling(max_new_tokens=12), Sampling(max_new_tokens=12, temperature=1.0, top_k=40, top_p=0.95)
+    kinds = (
+        Sampling(max_new_tokens=12, prompt_logprobs=True, top_logprobs=2),
+        Sampling(max_new_tokens=12, temperature=1.0, top_k=40, top_p=0.95),
+    )
     return [Request(prompt, kinds[i % 2], key=str(i)) for i, prompt in enumerate(prompts)]
 
 
@@ -28,7 +32,7 @@ def run_case(folder: Path, layout: dict, prompts: list[list[int]]) -> dict:
     from megatron.core import parallel_state
 
     from megapatch.models.build import ModelOptions, build
-    from megapatch.models.generation import Engine
+    from megapatch.models.generation.engine import Engine
     from megapatch.models.load import load_hf
 
     found = device.start()
@@ -40,11 +44,17 @@ def run_case(folder: Path, layout: dict, prompts: list[list[int]]) -> dict:
         chunks = build(hf, ModelOptions(options, found))
         load_hf(chunks, folder, hf)
         size = family.vocab_size(hf)
-        engine = Engine(chunks[0], vocab_size=size, max_length=64, batch_size=3, group=dist.group.WORLD)
+        engine = Engine(chunks, vocab_size=size, max_length=64, batch_size=3, prefill_tokens=24)
         done = engine.generate(requests(prompts))
-        return {"token_ids": [c.token_ids for c in done], "logprobs": [c.logprobs for c in done]}
+        return {"token_ids": [c.token_ids for c in done], "logprobs": [told(c) for c in done]}
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def told(completion: Any) -> list[float]:
+    """Every log-probability of a completion: its tokens', its prompt's, the best ones'."""
+    best = [x for top in (*completion.top_logprobs, *completion.prompt_top_logprobs) for x in top.values()]
+    return [*completion.logprobs, *completion.prompt_logprobs, *best]
 
 
 def main(cases: Path, results: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trainer_runs
 from trainer_runs import launch
 
@@ -32,16 +33,33 @@ def cases(tables: dict[str, Table]) -> list[tuple[str, str]]:
     return [(model, name) for model, table in tables.items() for name in table.layouts]
 
 
+def each(tables: dict[str, Table]) -> pytest.MarkDecorator:
+    """Runs a test of ``model`` and ``layout`` for each case."""
+    found = cases(tables)
+    return pytest.mark.parametrize(("model", "layout"), found, ids=[f"{m}-{n}".replace(" ", "_") for m, n in found])
+
+
+def fixture(tables: dict[str, Table]) -> Any:
+    """A fixture that runs all cases, for ``check``."""
+
+    @pytest.fixture(scope="module")
+    def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Steps]:
+        return run(tmp_path_factory.mktemp("layouts"), tables)
+
+    return runs
+
+
 def run(folder: Path, tables: dict[str, Table]) -> dict[str, Steps]:
     """Step, loss, gradient norm and learning rate of each step of each case; the single process is 'MODEL alone'."""
     trainer_runs.corpus(folder)
-    by_size: dict[int, dict[str, list[str]]] = {}
+    started: dict[tuple[int, str], dict[str, list[str]]] = {}  # together: cases of a size, of a model where it is large
     for model, table in tables.items():
         table.make(folder, model, table.family)
         for name, (size, layout) in {"alone": (1, ""), **table.layouts}.items():
             words = f"--train-iters {STEPS} --micro-batch-size 1 --seq-length 64 {table.extra} {layout}"
-            by_size.setdefault(size, {})[f"{model} {name}"] = trainer_runs.arguments(folder, model, "run", words)
-    records = {name: log for size, found in by_size.items() for name, log in launch(size, found, folder).items()}
+            found = started.setdefault((size, model if size > 4 else ""), {})
+            found[f"{model} {name}"] = trainer_runs.arguments(folder, model, "run", words)
+    records = {n: log for (size, _), found in started.items() for n, log in launch(size, found, folder).items()}
     return {name: trainer_runs.steps(log) for name, log in records.items()}
 
 

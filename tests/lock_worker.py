@@ -2,14 +2,20 @@
 
 lock_worker.py hold FOLDER      holds the folder's lock, says so, and sleeps
 lock_worker.py build FOLDER     builds FOLDER once, noting each build beside it; says what it read
+lock_worker.py make FOLDER      makes data of FOLDER/text in FOLDER/cache, as --data does; says where
+lock_worker.py --input ...      stands for mp-preprocess: slow, notes each call in FOLDER/builds
 """
 
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from megapatch.models.cli import UserError
-from megapatch.trainer import built_once, locks
+from megapatch.models.indexed_data import manifest_path
+from megapatch.trainer.data import built_once, made_data
+from megapatch.trainer.saving import locks
 
 
 def hold(folder: Path) -> None:
@@ -34,5 +40,23 @@ def build(final: Path) -> None:
     assert "torch" not in sys.modules
 
 
+def make(folder: Path) -> None:
+    options: Any = SimpleNamespace(data_cache=folder / "cache", requeue_file=None)
+    maker = made_data.Maker("stand-in", "lock_worker", "text", ())
+    print(made_data.make(options, maker, [str(folder / "text")], folder / "tokenizer"))
+    assert "torch" not in sys.modules
+
+
+def stand_in(words: list[str]) -> None:
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    with (Path(given["--input"]).parent / "builds").open("a") as builds:
+        builds.write("x")
+    time.sleep(1.5)
+    manifest_path(given["--output-prefix"]).write_text("{}")
+
+
 if __name__ == "__main__":
-    {"hold": hold, "build": build}[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1].startswith("--"):
+        stand_in(sys.argv[1:])
+    else:
+        {"hold": hold, "build": build, "make": make}[sys.argv[1]](Path(sys.argv[2]))

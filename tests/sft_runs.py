@@ -20,7 +20,7 @@ from megapatch.tools.preprocess.preprocess_chat import main as preprocess_chat
 
 ROW, ROWS = 128, 8
 VOCABULARY = 723  # odd, and more than the tokenizer has
-WORDS = f"--train-iters 4 --seq-length {ROW} --lr 1e-3 --micro-batch-size 1 --timeout-s 60"
+WORDS = f"--train-iters 4 --seq-length {ROW} --lr 1e-3 --micro-batch-size 1 --timeout-s 300"
 
 
 def chats(number: int, *, weighted: bool = False, seed: int = 0) -> list[dict[str, Any]]:
@@ -50,15 +50,14 @@ def data(folder: Path, name: str, records: list[dict[str, Any]], *extra: str) ->
 def filling(folder: Path, name: str, **words: Any) -> int:
     """Conversations at FOLDER/NAME that fill ROWS rows, also with context parallelism of 2 and 4; how many they are."""
     extra = ("--message-weights",) if words.get("weighted") else ()
-    records = chats(4 * ROWS, **words)
-    lengths = packing.document_lengths(read_index(data(folder, f"{name}-all", records, *extra)))
-
-    def fills(number: int) -> bool:
-        return all(packing.make_plan(lengths[:number], ROW, multiple=m).num_rows == ROWS for m in (1, 4, 8))
-
-    number = next(number for number in range(4 * ROWS, 1, -2) if fills(number))
-    data(folder, name, records[:number], *extra)
-    return number
+    for seed in range(20):  # the tokenizer decides which of them there are
+        records = chats(4 * ROWS, seed=seed, **words)
+        lengths = packing.document_lengths(read_index(data(folder, f"{name}-all{seed}", records, *extra)))
+        for number in range(4 * ROWS, 1, -2):
+            if all(packing.make_plan(lengths[:number], ROW, multiple=m).num_rows == ROWS for m in (1, 4, 8)):
+                data(folder, name, records[:number], *extra)
+                return number
+    raise AssertionError(f"no conversations that fill {ROWS} rows")
 
 
 def model(folder: Path, name: str, family: str = "qwen3", **changes: Any) -> Path:

@@ -15,7 +15,8 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megapatch.models.cli import UserError, parser  # noqa: E402
 from megapatch.models.layers import backends  # noqa: E402
 from megapatch.models.layers.attention import SdpaAttention  # noqa: E402
-from megapatch.trainer import overlap  # noqa: E402
+from megapatch.trainer import session  # noqa: E402
+from megapatch.trainer.layout import overlap  # noqa: E402
 from megapatch.trainer.options import PretrainOptions  # noqa: E402
 
 
@@ -61,6 +62,20 @@ def test_an_unfused_kernel_is_named_with_its_cause() -> None:
     assert choice.reason.endswith("PyTorch has no fused kernel here with attention dropout")
 
 
+@pytest.mark.parametrize(
+    ("fused", "level", "said"), [(True, "INFO", "attention: NAME (WHY)"), (False, "WARNING", "scores")]
+)
+def test_the_backend_is_told_once_and_an_unfused_one_is_warned_of(
+    fused: bool, level: str, said: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        session._tell_attention(backends.Choice("NAME", "WHY", fused))
+    (record,) = caplog.records
+    assert record.levelname == level and said in record.getMessage()
+
+
 def options(words: str) -> PretrainOptions:
     given = f"--init-from c --save s --data-path d --train-iters 1 {words}".split()
     return parser(PretrainOptions, prog="mp-pretrain").parse_args(given)
@@ -94,7 +109,6 @@ def test_fp8_is_what_megatron_core_calls_it() -> None:
         ("--overlap-grad-reduce --ddp-bucket-size 0", "must be at least 1"),
         ("--tp 2 --tp-comm-overlap", "--tp-comm-overlap needs --tp above 1 and --sequence-parallel"),
         ("--overlap-param-gather", "needs --use-distributed-optimizer"),
-        ("--etp 2", "--etp 2: above --tp 1"),
     ],
 )
 def test_options_without_effect_are_refused(words: str, reason: str) -> None:

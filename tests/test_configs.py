@@ -1,16 +1,18 @@
 """scripts/configs: each file plans a run at full scale that fits its GPUs, and any rank of it can be built."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
 import pytest
 from trainer_runs import ROOT, corpus
 
+from megapatch.models.device import CONNECTIONS
 from megapatch.models.held import plain
 from megapatch.models.shapes import num_parameters
-from megapatch.trainer.memory import MARGIN
 from megapatch.trainer.pretrain import main
+from megapatch.trainer.sizes.memory import MARGIN
 
 CONFIGS = ROOT / "scripts" / "configs"
 SIZES = {  # parameters without layers for multi-token prediction, as the hub's pages and papers say
@@ -78,19 +80,40 @@ def test_a_config_fits_its_gpus_and_a_rank_builds_what_the_plan_says(
     assert f"{SIZES[name]:,} parameters" in said
 
 
+@pytest.mark.parametrize(("rank", "layers"), [(0, "0-2,33-34"), (900, "29-30")])
+def test_stages_of_uneven_size_are_built_as_planned(
+    rank: int, layers: str, data: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    _, found, _ = plan("deepseek-v3", data, capfd, "--dry-run-rank", str(rank))
+    assert found["ranks"][rank]["layers"] == layers
+    assert found["built"] == {"rank": rank, "parameters": found["ranks"][rank]["parameters"]}
+
+
+@pytest.mark.parametrize(("name", "queues"), [("llama-3.1-70b", "1"), ("deepseek-v3", "32")])
+def test_a_run_sets_the_queues_to_its_gpus_from_the_layout(
+    name: str, queues: str, data: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv(CONNECTIONS, "")  # so that what the run sets is undone
+    monkeypatch.delenv(CONNECTIONS)
+    plan(name, data, capfd)
+    assert os.environ[CONNECTIONS] == queues
+
+
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "status", "told"),
     [
-        (["--world-size", "24"], "does not divide the number of processes, 24"),
-        (["--micro-batch-size", "16"], "--device-memory-gib 80: the estimate is"),
-        (["--global-batch-size", "101"], "--global-batch-size 101 is not divisible"),
+        (["--world-size", "24"], 1, "does not divide the number of processes, 24"),
+        (["--micro-batch-size", "16"], 3, "--device-memory-gib 80: the estimate is"),
+        (["--global-batch-size", "101"], 1, "--global-batch-size 101 is not divisible"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(
-    more: list[str], told: str, data: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    more: list[str], status: int, told: str, data: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import re
 
     monkeypatch.chdir(ROOT)
-    status, found, said = plan("llama-3.1-70b", data, capfd, *more)
-    assert status == 1 and not found and re.search(told, said)
+    ended, found, said = plan("llama-3.1-70b", data, capfd, *more)
+    assert ended == status and not found and re.search(told, said)

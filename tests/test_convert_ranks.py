@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_folders import contents, make, weights
 from safetensors.torch import save_file
+from slow_cases import marked, wanted
 from trainer_runs import ENVIRONMENT, ROOT, TORCHRUN
 
 from megapatch.models import core_files, hf_files
@@ -32,6 +33,9 @@ CASES = {
     "biases, own output layer, TP4": Case("qwen2", "--tp 4", "tp=4,pp=2", {"vocab_size": 97}),
     OTHER_CHUNKS: Case("qwen3", "--pp 2 --vpp 2", "tp=2,pp=2,vpp=2", {}),
     "PP2": Case("qwen2", "--pp 2", "pp=4", {}),
+    "PP2, 1 and 3 layers": Case(
+        "qwen3", "--pp 2 --decoder-first-pipeline-num-layers 1", "pp=2,decoder_last_pipeline_num_layers=1", {}
+    ),
     "dense and mixture layers, TP2 EP2": Case("qwen3_moe", "--tp 2 --ep 2", "tp=2,ep=2", {"vocab_size": 97}),
     "mixtures, TP2 PP2 EP2, experts whole": Case("mixtral", "--tp 2 --pp 2 --ep 2 --etp 1", "tp=2,etp=1,ep=2", {}),
     "mixtures, EP4": Case("mixtral", "--ep 4", "ep=4", {}),
@@ -45,6 +49,16 @@ CASES = {
     "ALiBi, norm of the embedding, TP2 PP2": Case("bloom", "--tp 2 --pp 2", "tp=2", {}, own=False),
     "parallel attention, TP2": Case("falcon", "--tp 2", "tp=2", {}, own=False),
 }
+MORE = {  # slow
+    "biases, own output layer, TP4",
+    "PP2",
+    "mixtures, TP2 PP2 EP2, experts whole",
+    "mixtures, EP4",
+    "latent attention, TP2 EP2",
+    "latent attention, TP4",
+    "parallel attention, TP2",
+}
+QUICK = CASES.keys() - MORE
 
 
 def convert(source: Path, target: Path, *more: str) -> Path:
@@ -67,10 +81,11 @@ def add_predicting_layer(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> dict[str, Path]:
+def made(tmp_path_factory, request) -> dict[str, Path]:
     """For each case a folder with hf, core, chunked, legacy, and what megatron-core saved: saved, apart."""
     root, cases, folders = tmp_path_factory.mktemp("ranks"), [], {}
-    for n, (name, case) in enumerate(CASES.items()):
+    for name, case in wanted(request, CASES, QUICK).items():
+        n = list(CASES).index(name)
         folder = folders[name] = root / str(n)
         make(folder / "hf", case.family, dtype=torch.float32, **case.changes)
         if name == PREDICTING:
@@ -80,7 +95,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
         convert(folder / "core", folder / "chunked", "--to", "core", "--chunk", case.chunk, "--spec", "local", *one)
         local = ("--spec", "local", "--experts", "sequential")
         convert(folder / "core", folder / "legacy", "--to", "legacy", *case.layout.split(), *one, *local)
-        words = case.layout.replace("--", "").split()
+        words = case.layout.replace("--", "").replace("-", "_").split()
         layout = {flag: int(size) for flag, size in zip(words[::2], words[1::2], strict=True)}
         layout |= {"sequence_parallel": True} if layout.get("tp", 1) > 1 else {}
         paths = {kind: str(folder / kind / "release") for kind in ("core", "chunked", "legacy")}
@@ -99,7 +114,7 @@ def same(found: Path, expected: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], tensor) for name, tensor in other.items())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, QUICK))
 def test_files_of_ranks_and_chunks_are_what_core_holds_at_the_layout(name, made):
     back = made[name] / "back"
     convert(made[name] / "chunked", back)
@@ -118,7 +133,7 @@ def test_the_chunks_of_a_stage_have_files_of_their_own(made):
     assert len(layers.chunks) == 8
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, QUICK))
 def test_what_core_saved_for_each_rank_converts_to_the_same_model(name, made, tmp_path, capsys):
     saved, config = made[name] / "saved", ("--config", str(made[name] / "hf"))
     assert same(convert(saved, tmp_path / "hf", *config), made[name] / "hf")
@@ -128,7 +143,7 @@ def test_what_core_saved_for_each_rank_converts_to_the_same_model(name, made, tm
     assert same(convert(tmp_path / "core", tmp_path / "again"), made[name] / "hf")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, QUICK))
 def test_legacy_files_of_any_naming_convert_back(name, made, tmp_path):
     for spec in ("te", "local"):
         for experts in ("grouped", "sequential"):
@@ -138,7 +153,7 @@ def test_legacy_files_of_any_naming_convert_back(name, made, tmp_path):
             assert contents(convert(target, target / "back")) == contents(made[name] / "hf")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, QUICK))
 def test_what_core_saved_in_any_form_of_torch_dist_converts_to_the_same_model(name, made, tmp_path, capsys):
     apart = made[name] / "apart"
     assert main(["--source", str(apart), "--target", str(tmp_path / "x")]) == 1

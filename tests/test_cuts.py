@@ -69,7 +69,7 @@ def places(core: str, stages: Stages, layer: int | None = None) -> list[Place]:
 
 
 def test_stages_and_chunks_hold_the_layers_in_megatron_s_order():
-    stages = Stages.even(8, 2, 2, copied=True, predicts=False)
+    stages = Stages([[2, 2], [2, 2]], copied=True)
     found = [places(LAYER + "x", stages, layer)[0][:3] for layer in range(8)]
     assert found == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1), (0, 1, 0), (0, 1, 1), (1, 1, 0), (1, 1, 1)]
     uneven = Stages([[1, 3]])
@@ -82,9 +82,9 @@ def test_stages_and_chunks_hold_the_layers_in_megatron_s_order():
 
 def test_the_last_stage_holds_a_copy_of_a_tied_embedding_and_one_for_multi_token_prediction():
     name, output = "embedding.word_embeddings.weight", "output_layer.weight"
-    assert [p.core for p in places(name, Stages.even(4, 2, 1, copied=True, predicts=False))] == [name, output]
-    assert [p.core for p in places(name, Stages.even(4, 2, 1, copied=False, predicts=True))] == [name, name]
-    assert [p.core for p in places(name, Stages.even(4, 1, 1, copied=True, predicts=True))] == [name]
+    assert [p.core for p in places(name, Stages([[2, 2]], copied=True))] == [name, output]
+    assert [p.core for p in places(name, Stages([[2, 2]], predicts=True))] == [name, name]
+    assert [p.core for p in places(name, Stages([[4]], copied=True, predicts=True))] == [name]
 
 
 CONFIG = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trainer_runs
+from slow_cases import marked, wanted
 from trainer_runs import launch
 
 STEPS = 5
@@ -38,18 +39,32 @@ LAYOUTS = {
     "mistral": ("--cp 2", "--pp 2", "--recompute selective"),
     "qwen2, windows in some layers": (TP, "--cp 2", "--pp 2 --vpp 2"),
 }
-CASES = [(model, layout) for model, layouts in LAYOUTS.items() for layout in layouts]
+CASES = {(model, layout): layout for model, layouts in LAYOUTS.items() for layout in layouts}
+QUICK = [  # in the default suite
+    ("bloom, 6 heads", TP),
+    ("bloom, 6 heads", "--cp 2"),
+    ("falcon", "--pp 2 --vpp 2"),
+    ("falcon", "--recompute selective"),
+    ("falcon 7B", "--tp 2"),
+    ("opt", "--cp 2"),
+    ("opt", "--pp 2 --vpp 2"),
+    ("gpt_bigcode", "--tp 2"),
+    ("qwen2, windows in some layers", TP),
+    ("qwen2, windows in some layers", "--cp 2"),
+]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, list[dict]]:
     """The log records of each case; the single process is 'MODEL alone'."""
     folder = tmp_path_factory.mktemp("layouts")
     trainer_runs.corpus(folder)
     by_size: dict[int, dict[str, list[str]]] = {1: {}, 2: {}}
-    for name, (family, changes) in MODELS.items():
+    asked = wanted(request, CASES, QUICK)
+    for name in dict.fromkeys(name for name, _ in asked):
+        family, changes = MODELS[name]
         trainer_runs.model(folder, name, family, **changes)
-        for layout in ("alone", *LAYOUTS[name]):
+        for layout in ("alone", *(layout for model, layout in asked if model == name)):
             flags = "" if layout == "alone" else layout
             words = f"--train-iters {STEPS} --micro-batch-size 2 --seq-length 64 {flags}"
             size = 1 if layout == "alone" else 2
@@ -58,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("model", "layout"), CASES)
+@pytest.mark.parametrize(("model", "layout"), marked(CASES, QUICK))
 def test_a_layout_equals_the_single_process(runs: dict[str, list[dict]], model: str, layout: str) -> None:
     expected, found = (trainer_runs.steps(runs[f"{model} {kind}"]) for kind in ("alone", layout))
     assert len(expected) == len(found) == STEPS

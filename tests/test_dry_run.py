@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from megapatch.models import device, family, parallel
-from megapatch.trainer.flops import sizes_of
-from megapatch.trainer.memory import Activations
 from megapatch.trainer.options import PretrainOptions
+from megapatch.trainer.sizes.flops import sizes_of
+from megapatch.trainer.sizes.memory import Activations
 
 CPU = device.start()  # before megatron-core is imported
 
 from megapatch.models.build import ModelOptions, build  # noqa: E402
-from megapatch.trainer.profiling import communication  # noqa: E402
+from megapatch.trainer.watching.profiling import communication  # noqa: E402
 
 BASE = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "head_dim": 32}
 BASE |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}

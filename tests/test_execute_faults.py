@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from convert_faults import NOT_MET, tree
 from model_folders import make
+from slow_cases import marked
 
 from megapatch.models.core_files import TRACKER
 from megapatch.tools.convert.convert import main
@@ -64,9 +65,10 @@ FAULTS = [  # the fault, whether there was something before, and how many finish
     (*TO_HF, "kill", True, 1),
     (*TO_HF, "EIO for good", True, 1),
 ]
+QUICK = [FAULTS[1], FAULTS[2], FAULTS[5]]  # in the default suite
 
 
-@pytest.mark.parametrize("source, kind, place, fault, force, kept_bytes", FAULTS)
+@pytest.mark.parametrize("source, kind, place, fault, force, kept_bytes", marked(FAULTS, QUICK))
 def test_a_fault_at_every_change_leaves_old_or_new(source, kind, place, fault, force, kept_bytes, sources, tmp_path):
     old_folder = sources[f"old {kind}"] if force else None
     *steps, last = faults(sources[source], old_folder, fault, kept_bytes, tmp_path)

@@ -71,12 +71,13 @@ def test_stdout_has_only_rows_and_stderr_ends_with_rates(model: Path, capsys: py
 def test_progress_is_told_every_now_and_then(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megapatch.tools.generate.results.EVERY_S", 0.0)
+    monkeypatch.setattr("megapatch.tools.generate.progress.EVERY_S", 0.0)
     assert main(["--model", str(model), *flags(TEXTS), *SHORT, "--batch-size", "2"]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "prompts done" in line]
     assert len(told) == 16  # forward passes: 2 prompts, 8 tokens each, twice
     assert "mp-generate: 0 of 4 prompts done, " in told[0]
     assert "mp-generate: 2 of 4 prompts done, " in told[8]
+    assert told[0].endswith(" left") and " tokens/s, at most 0:00:0" in told[15]
 
 
 def test_text_and_json_lines_from_files_and_stdin_are_the_same(
@@ -203,13 +204,13 @@ def test_an_output_file_is_written_whole_and_never_over_another(
 BAD_LINES = {
     "{": "in.jsonl:2: not JSON",
     "[]": "in.jsonl:2: JSON list found",
-    "{}": "in.jsonl:2: expected one of prompt and prompt_token_ids",
+    "{}": "in.jsonl:2: expected one of prompt, prompt_token_ids and messages",
     '{"prompt": ""}': "in.jsonl:2: the prompt has no tokens",
     '{"prompt": 5}': "in.jsonl:2: prompt '5'; expected a string",
     '{"prompt": "a", "temprature": 1}': "in.jsonl:2: field 'temprature' is not known",
     '{"prompt": "a", "temperature": "1"}': "in.jsonl:2: temperature '1'; expected a number",
     '{"prompt": "a", "top_k": 1.5}': "in.jsonl:2: top_k 1.5; expected an integer",
-    '{"prompt": "a", "top_p": 0.5}': "in.jsonl:2: top-k and top-p choose nothing at temperature 0",
+    '{"prompt": "a", "top_p": 0.5}': "in.jsonl:2: top-k, top-p and min-p choose nothing at temperature 0",
     '{"prompt": "a", "stop": [1]}': "in.jsonl:2: stop [1]",
     '{"prompt": "a", "stop": ""}': "in.jsonl:2: stop: an empty string",
     '{"prompt": "a", "id": 0}': "in.jsonl:2: id 0 is that of line 1",
@@ -237,12 +238,12 @@ def test_a_bad_line_is_named_before_anything_is_generated(
 USAGE = {
     "expected either --prompt TEXT or --input FILE": [],
     "expected either": ["--prompt", "a", "--input", "-"],
-    "generation runs with --pp 1": ["--prompt", "a", "--pp", "2"],
+    "generation runs with --cp 1": ["--prompt", "a", "--cp", "2"],
     "--batch-size 0": ["--prompt", "a", "--batch-size", "0"],
     "max-new-tokens 0": ["--prompt", "a", "--max-new-tokens", "0"],
     "temperature -1.0": ["--prompt", "a", "--temperature", "-1"],
     "top-p 0.0": ["--prompt", "a", "--temperature", "1", "--top-p", "0"],
-    "top-k and top-p choose nothing at temperature 0": ["--prompt", "a", "--top-k", "5"],
+    "top-k, top-p and min-p choose nothing at temperature 0": ["--prompt", "a", "--top-k", "5"],
 }
 
 

@@ -19,7 +19,7 @@ from megapatch.models.family import known
 from megapatch.models.request import Request, Sampling
 from megapatch.models.tokenizer import Tokenizer
 
-LOGPROB_TOLERANCE = 2e-5  # fp32, logits of other shapes of matrix product
+LOGPROB_TOLERANCE = 1e-5  # fp32, logits of other shapes of matrix product
 VOCAB, LENGTH = 96, 64
 FALCON_7B = {"new_decoder_architecture": False, "num_kv_heads": None}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # what the tiny model of a family does not show
@@ -68,7 +68,7 @@ def models(theirs: dict[str, tuple[Path, PreTrainedModel]], found: device.Device
 
 
 def engine(model: torch.nn.Module, **settings: Any) -> Any:
-    from megapatch.models.generation import Engine
+    from megapatch.models.generation.engine import Engine
 
     return Engine(model, **{"vocab_size": VOCAB, "max_length": LENGTH} | settings)
 
@@ -108,8 +108,8 @@ def test_greedy_is_transformers_generate_at_every_batch_size(
         )
         expected.append(out[0, len(prompt) :].tolist())
     assert all(len(one) == 20 for one in expected)
-    for batch_size in (1, 2, 5):
-        assert tokens(models[family], greedy(), batch_size=batch_size) == expected
+    for batch_size, executor in ((1, "lean"), (2, "module"), (5, "lean")):
+        assert tokens(models[family], greedy(), batch_size=batch_size, executor=executor) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,13 +174,12 @@ def test_impossible_requests_are_refused(models: dict[str, torch.nn.Module]) -> 
             engine(models["llama"]).generate([Request([1]), Request(prompt)])
 
 
-@pytest.mark.parametrize("flag", ["pipeline_model_parallel_size", "context_parallel_size"])
-def test_a_model_in_stages_or_pieces_of_a_sequence_is_refused(flag: str) -> None:
+def test_pieces_of_a_sequence_are_refused() -> None:
     from megapatch.models.cli import UserError
 
-    sizes = {"pipeline_model_parallel_size": 1, "context_parallel_size": 1} | {flag: 2}
-    with pytest.raises(UserError, match="2: generation runs with"):
-        engine(SimpleNamespace(config=SimpleNamespace(**sizes)))  # type: ignore[arg-type]
+    config = SimpleNamespace(context_parallel_size=2)
+    with pytest.raises(UserError, match="--cp 2: generation runs with --cp 1"):
+        engine(SimpleNamespace(config=config))  # type: ignore[arg-type]
 
 
 def test_stop_tokens_end_a_sequence_and_stay_in_its_ids(models: dict[str, torch.nn.Module], tmp_path: Path) -> None:
@@ -264,6 +263,10 @@ LAYOUTS = {
     "one key-value head, learned positions": ("gpt_bigcode", {"tp": 2, "sequence_parallel": True}),
     "alibi": ("bloom", {"tp": 2, "sequence_parallel": True}),
     "windows": ("mistral", {"tp": 2}),
+    "latent vectors": ("deepseek_v3", {"tp": 2, "sequence_parallel": True}),
+    "stages": ("llama", {"pp": 2}),
+    "stages in turns": ("qwen2", {"pp": 2, "vpp": 2}),
+    "stages, learned positions": ("gpt2", {"pp": 2}),
     "parallel layers": ("falcon", {"tp": 2, "sequence_parallel": True}),
     "padded vocabulary": ("odd", {"tp": 2}),
     "experts, tp": ("qwen3_moe", {"tp": 2, "sequence_parallel": True}),
@@ -275,7 +278,7 @@ LAYOUTS = {
 def test_two_processes_give_what_one_gives(
     theirs: dict[str, tuple[Path, PreTrainedModel]], models: dict[str, torch.nn.Module], tmp_path: Path
 ) -> None:
-    from generate_worker import requests
+    from generate_worker import requests, told
 
     cases = {name: {"folder": str(theirs[folder][0]), "layout": layout} for name, (folder, layout) in LAYOUTS.items()}
     (tmp_path / "cases.json").write_text(json.dumps({"prompts": PROMPTS, "cases": cases}))
@@ -291,5 +294,5 @@ def test_two_processes_give_what_one_gives(
     for name, (folder, _) in LAYOUTS.items():
         done = engine(models[folder], vocab_size=VOCAB - (folder == "odd"), batch_size=2).generate(requests(PROMPTS))
         assert found[name]["token_ids"] == [one.token_ids for one in done], name
-        flat = [logprob for one in done for logprob in one.logprobs]
+        flat = [logprob for one in done for logprob in told(one)]
         assert [x for one in found[name]["logprobs"] for x in one] == pytest.approx(flat, abs=LOGPROB_TOLERANCE), name

@@ -8,20 +8,31 @@ import layout_tables
 import pytest
 from layout_tables import OVERLAP, SP, Table
 
+from megapatch.models import splits
+
 DENSE = {  # name: (processes, arguments)
+    "TP2 SP": (2, SP),
+    "PP2 VPP2 (interleaved)": (2, "--pp 2 --vpp 2"),
+    "PP2, 1 and 3 layers": (2, "--pp 2 --decoder-first-pipeline-num-layers 1"),
+    "PP2 VPP2 uneven, DP2 distributed optimizer, overlap": (
+        4,
+        f"--pp 2 --vpp 2 {splits.LAYOUT} Ett|t|t|L {OVERLAP}",
+    ),
+    "CP2": (2, "--cp 2"),
+    "DP2 distributed optimizer, overlap": (2, OVERLAP),
+}
+DENSE_SLOW = {
+    "TP2 CP2": (4, "--tp 2 --cp 2"),
     "DP2": (2, ""),
     "TP2": (2, "--tp 2"),
-    "TP2 SP": (2, SP),
     "TP4, more than key-value heads": (4, "--tp 4"),
     "PP2": (2, "--pp 2"),
     "PP4": (4, "--pp 4"),
-    "PP2 VPP2 (interleaved)": (2, "--pp 2 --vpp 2"),
-    "CP2": (2, "--cp 2"),
+    "PP4, none, 3, 1 and none": (4, f"--pp 4 {splits.LAYOUT} E|ttt|t|L"),
+    "PP2 VPP2, 2, 1, none and 1": (2, f"--pp 2 --vpp 2 {splits.LAYOUT} Ett|t||tL"),
     "CP4": (4, "--cp 4"),
     "DP2 distributed optimizer": (2, "--use-distributed-optimizer"),
-    "DP2 distributed optimizer, overlap": (2, OVERLAP),
     "TP2 PP2": (4, "--tp 2 --pp 2"),
-    "TP2 CP2": (4, "--tp 2 --cp 2"),
     "TP2 SP PP2 VPP2": (4, "--tp 2 --sequence-parallel --pp 2 --vpp 2"),
     "PP2 VPP2 DP2 distributed optimizer, overlap": (4, f"--pp 2 --vpp 2 {OVERLAP}"),
     "TP2 SP DP2 distributed optimizer, overlap": (4, f"{SP} {OVERLAP}"),
@@ -32,29 +43,43 @@ DENSE = {  # name: (processes, arguments)
 }
 MIXTURE = {
     "EP2": (2, "--ep 2"),
+    "TP2 SP EP2 ETP1": (2, "--tp 2 --sequence-parallel --ep 2 --etp 1"),
+    "CP2 EP2": (2, "--cp 2 --ep 2"),
+    "TP2 SP PP2 EP2 ETP1": (4, f"{SP} --pp 2 --ep 2 --etp 1"),
+}
+MIXTURE_SLOW = {
+    "TP2 SP ETP1": (2, f"{SP} --etp 1"),
+    "ETP2": (2, "--etp 2"),
     "EP4": (4, "--ep 4"),
     "TP2 SP": (2, SP),
-    "TP2 SP EP2 ETP1": (2, "--tp 2 --sequence-parallel --ep 2 --etp 1"),
+    "CP2 ETP2": (2, "--cp 2 --etp 2"),
+    "EP2 ETP2": (4, "--ep 2 --etp 2"),
+    "TP2 SP ETP4 distributed optimizer": (4, f"{SP} --etp 4 --use-distributed-optimizer"),
+    "PP2, 3 and 1 layers, EP2": (4, "--pp 2 --decoder-last-pipeline-num-layers 1 --ep 2"),
     "TP2 SP EP2": (4, "--tp 2 --sequence-parallel --ep 2"),
     "PP2 EP2": (4, "--pp 2 --ep 2"),
     "CP2": (2, "--cp 2"),
-    "CP2 EP2": (2, "--cp 2 --ep 2"),
     "PP2 VPP2": (2, "--pp 2 --vpp 2"),
-    "TP2 SP PP2 EP2 ETP1": (4, f"{SP} --pp 2 --ep 2 --etp 1"),
     "TP2 SP CP2 EP2": (4, f"{SP} --cp 2 --ep 2"),
     "PP2 VPP2 EP2 distributed optimizer, overlap": (4, f"--pp 2 --vpp 2 --ep 2 {OVERLAP}"),
     "EP2 distributed optimizer, overlap": (2, f"--ep 2 {OVERLAP}"),
 }
 TABLES = {"qwen3": Table("qwen3", DENSE), "qwen3_moe": Table("qwen3_moe", MIXTURE)}
-CASES = layout_tables.cases(TABLES)
+SLOW = {"qwen3": Table("qwen3", DENSE_SLOW), "qwen3_moe": Table("qwen3_moe", MIXTURE_SLOW)}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, layout_tables.Steps]:
-    return layout_tables.run(tmp_path_factory.mktemp("layouts"), TABLES)
+runs, slow_runs = layout_tables.fixture(TABLES), layout_tables.fixture(SLOW)
+Runs = dict[str, layout_tables.Steps]
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("model", "layout"), CASES, ids=[f"{m}-{n}".replace(" ", "_") for m, n in CASES])
-def test_a_layout_equals_the_single_process(runs: dict[str, layout_tables.Steps], model: str, layout: str) -> None:
+@layout_tables.each(TABLES)
+def test_a_layout_equals_the_single_process(runs: Runs, model: str, layout: str) -> None:
     layout_tables.check(runs, model, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@layout_tables.each(SLOW)
+def test_more_layouts_equal_the_single_process(slow_runs: Runs, model: str, layout: str) -> None:
+    layout_tables.check(slow_runs, model, layout)

@@ -9,6 +9,7 @@ import torch
 from lora_runs import by_peft, session_of
 from model_folders import weights
 from peft import PeftModel
+from slow_cases import marked, wanted
 from trainer_runs import arguments, corpus, error, events, launch, model, steps
 from transformers import AutoModelForCausalLM
 
@@ -52,6 +53,9 @@ SAME = {  # processes: {name: options of a run that is interrupted after step 2}
     1: {"alone": LORA, "bf16, dropout": f"{LORA} --precision bf16 --lora-dropout 0.2"},
     2: {"TP2 SP": f"{LORA} --tp 2 --sequence-parallel --lora-dropout 0.2", "DP2": f"{LORA} {DISTRIBUTED}"},
 }
+MORE = {"biases", "TP2", "DP2 distributed", "alone", "bf16, dropout"}  # of all three, slow
+SAMES = {name: (processes, words) for processes, cases in SAME.items() for name, words in cases.items()}
+PARTS = {name: set(cases) - MORE for name, cases in {"peft": PEFT, "layouts": LAYOUTS, "same": SAMES}.items()}
 FROM = ("all", "transposed")  # of PEFT
 STILL = "--train-iters 1 --lr 1e-30 --weight-decay 0 --tp 2"  # changes nothing
 SIGNAL = {"step": 2, "number": 10, "rank": 0}
@@ -67,10 +71,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, dict[str, Any]]:
+def alone(folder: Path, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     """Each case of PEFT trained in this process: losses, rates, samples, logits of the end, frozen weights."""
     found = {}
-    for name, (kind, options, *_) in PEFT.items():
+    for name, (kind, options, *_) in wanted(request, PEFT, PARTS["peft"]).items():
         with session_of(folder, kind, f"runs/{name}", options) as (trainer, samples, before):
             (whole,), optimizer = trainer.session.models, trainer.session.optimizer
             after = {name: p for name, p in whole.named_parameters() if not p.requires_grad}
@@ -99,7 +103,7 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path, alone: dict[str, dict]) -> dict[str, list[dict]]:
+def runs(folder: Path, alone: dict[str, dict], request: pytest.FixtureRequest) -> dict[str, list[dict]]:
     """The records of runs in one and in two processes, by name; some begin with adapters that peft has saved."""
     for name in FROM:
         ours, base = folder / f"{name} as exported", folder / PEFT[name][0]
@@ -109,7 +113,9 @@ def runs(folder: Path, alone: dict[str, dict]) -> dict[str, list[dict]]:
 
     def cases(processes: int) -> dict[str, Any]:
         made: dict[str, Any] = {}
-        for name, options in SAME[processes].items():
+        for name, (size, options) in wanted(request, SAMES, PARTS["same"]).items():
+            if size != processes:
+                continue
             words = arguments(folder, "dense", f"runs/{name} parted", options)
             made[f"{name} whole"] = {
                 "arguments": arguments(folder, "dense", f"runs/{name} whole", options),
@@ -120,7 +126,8 @@ def runs(folder: Path, alone: dict[str, dict]) -> dict[str, list[dict]]:
             made[f"{name} rest"] = {"arguments": words, "digests": True}
         return made
 
-    layouts = {name: arguments(folder, kind, f"runs/{name}", words) for name, (kind, words) in LAYOUTS.items()}
+    asked = wanted(request, LAYOUTS, PARTS["layouts"])
+    layouts = {name: arguments(folder, kind, f"runs/{name}", words) for name, (kind, words) in asked.items()}
     more = {
         f"from {name}": {
             "arguments": arguments(folder, PEFT[name][0], f"runs/from {name}", f"{STILL} --lora-from {folder / name}"),
@@ -128,24 +135,20 @@ def runs(folder: Path, alone: dict[str, dict]) -> dict[str, list[dict]]:
         }
         for name in FROM
     }
-    return launch(1, cases(1), folder) | launch(2, layouts | cases(2) | more, folder)
+    one = cases(1)
+    return (launch(1, one, folder) if one else {}) | launch(2, layouts | cases(2) | more, folder)
 
 
-def losses(records: list[dict]) -> list[float]:
-    """The loss of each step."""
-    return [loss for _, loss, *_ in steps(records)]
-
-
-@pytest.mark.parametrize("name", PEFT)
+@pytest.mark.parametrize("name", marked(PEFT, PARTS["peft"]))
 def test_training_equals_that_of_peft_within_1e_5(folder: Path, alone: dict[str, dict], name: str) -> None:
     kind, _, targets, said = PEFT[name]
     records = alone[name]["log"]
     rates = [lr for *_, lr in steps(records)]
     expected = by_peft(folder / kind, alone[name]["samples"], rates, targets, **said)
-    assert losses(records) == pytest.approx(expected, abs=1e-5)
+    assert [loss for _, loss, *_ in steps(records)] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", marked(LAYOUTS, PARTS["layouts"]))
 def test_every_layout_trains_as_one_process_does(
     alone: dict[str, dict], runs: dict[str, list[dict]], name: str
 ) -> None:
@@ -155,7 +158,7 @@ def test_every_layout_trains_as_one_process_does(
         assert a[2] == pytest.approx(b[2], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", PEFT)
+@pytest.mark.parametrize("name", marked(PEFT, PARTS["peft"]))
 def test_only_adapters_are_trained_and_only_they_take_memory(alone: dict[str, dict], name: str) -> None:
     found = alone[name]
     assert {name.rpartition(".")[2] for name in found["trained"]} == {"lora_A", "lora_B"}
@@ -163,7 +166,7 @@ def test_only_adapters_are_trained_and_only_they_take_memory(alone: dict[str, di
     assert len(set(found["numbers"].values())) == 1, found["numbers"]
 
 
-@pytest.mark.parametrize("name", [name for cases in SAME.values() for name in cases])
+@pytest.mark.parametrize("name", marked(SAMES, PARTS["same"]))
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(runs: dict[str, list[dict]], name: str) -> None:
     whole, first, rest = (runs[f"{name} {part}"] for part in ("whole", "first", "rest"))
     assert len(steps(first)) == 2
@@ -171,7 +174,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(runs: dict[str, l
     assert [r["digest"] for r in events(rest, "state")] == [r["digest"] for r in events(whole, "state")][2:]
 
 
-@pytest.mark.parametrize("name", PEFT)
+@pytest.mark.parametrize("name", marked(PEFT, PARTS["peft"]))
 def test_peft_loads_the_exported_adapter_and_gives_our_logits(
     folder: Path, alone: dict[str, dict], name: str, tmp_path: Path
 ) -> None:
@@ -243,6 +246,11 @@ REFUSED = {  # what: (arguments of mp-pretrain, exit status, part of the message
     "adapter and rank": ("--lora-from DIR/peft --lora-rank 4", 2, "--lora-rank: not with --lora-from"),
     "adapter that is not there": ("--lora-from DIR/peft", 1, "adapter_config.json"),
     "kind of adapter": ("--lora-from DIR/dora", 1, "adapter_config.json: use_dora is True, which is not supported"),
+    "adapter beside changed weights": (
+        "--lora-from DIR/pissa",
+        1,
+        "adapter_config.json: init_lora_weights is 'pissa', which",
+    ),
     "rank of none": ("--lora-rank 0", 2, "--lora-rank 0: must be at least 1"),
     "unknown layer": ("--lora-rank 2 --lora-targets w1", 1, "--lora-targets w1: the model has down_proj, gate_proj"),
     "another rank": (LORA.replace("rank 4", "rank 2") + " --train-iters 6", 1, "--lora-rank was 4, now 2"),
@@ -255,8 +263,9 @@ def test_what_cannot_be_is_refused_in_one_line(
     folder: Path, alone: dict[str, dict], case: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     words, status, message = REFUSED[case]
-    (tmp_path / "dora").mkdir()
-    (tmp_path / "dora" / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
+    for name, what in {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **what}))
     words = words.replace("DIR", str(tmp_path))
     save = "runs/all" if "train-iters" in words else str(tmp_path / "run")
     try:

@@ -42,8 +42,8 @@ def test_conversations_train_adapters_alike_packed_and_alone(tmp_path: Path) -> 
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "peft"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokens = torch.arange(40)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(adapted(tokens).logits, merged(tokens).logits, atol=1e-5, rtol=0)
+    with torch.no_grad():  # merged weights are rounded once more
+        torch.testing.assert_close(adapted(tokens).logits, merged(tokens).logits, atol=2e-5, rtol=0)
     before, after = weights(base), weights(tmp_path / "merged")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {key for key in before if key.split(".")[-2] in SOME}

@@ -11,14 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer_runs import corpus, events, model, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megapatch.models import device, family
-from megapatch.models.shapes import num_parameters
+from megapatch.models import device, family, lora
+from megapatch.models.shapes import Layout, num_parameters
 
 device.start()  # before megatron-core is imported
 
 from megapatch.models.build import config_class  # noqa: E402
 from megapatch.models.layers.spec import mixture_layers  # noqa: E402
-from megapatch.trainer.metrics import JsonLines, flops_per_token  # noqa: E402
+from megapatch.trainer.sizes.flops import flops_per_token, known_peak, sizes_of  # noqa: E402
+from megapatch.trainer.watching.metrics import JsonLines  # noqa: E402
 
 SEQUENCE = 32
 TIED = ("llama tied", "llama", {"tie_word_embeddings": True})
@@ -48,11 +49,46 @@ def test_flops_are_three_times_what_pytorch_counts_forward(kind: str, changes: d
     assert flops_per_token(config, family.vocab_size(hf), SEQUENCE, sum(mixture_layers(config))) == expected
 
 
+@pytest.mark.parametrize("adapts", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_flops_are_what_pytorch_counts_forward_and_backward(kind: str, adapts: bool) -> None:
+    """With adapters of peft's, too: the weights beside them need no gradients. Attention as above."""
+    net, hf = transformers_model(kind, {"tie_word_embeddings": False}, attn_implementation="eager")
+    adapters = None
+    if adapts:
+        peft = pytest.importorskip("peft")
+        net = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules="all-linear"))
+        net.enable_input_require_grads()  # as all layers but the first have them
+        adapters = lora.num_parameters(Layout(hf), lora.Lora(4, 8.0, 0.0, ("all",)))
+        assert adapters == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    with FlopCounterMode(display=False) as counter:
+        ids = torch.arange(SEQUENCE)[None]
+        net(ids, labels=ids).loss.backward()
+    config = sizes_of(hf, False)
+    upper_half = config.num_layers * config.num_attention_heads * 2 * config.kv_channels * SEQUENCE**2
+    expected = (counter.get_total_flops() - 3 * upper_half) / SEQUENCE
+    assert flops_per_token(config, family.vocab_size(hf), SEQUENCE, 0, adapters) == expected
+
+
 @pytest.mark.parametrize(("kind", "changes"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_parameters_are_counted_as_transformers_does(kind: str, changes: dict[str, Any]) -> None:
     net, hf = transformers_model(kind, changes)
     buffers = sum(buffer.numel() for name, buffer in net.named_buffers() if name in net.state_dict())
     assert num_parameters(hf) == net.num_parameters() + buffers  # a router's bias is a buffer there
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H200", "bf16", 989.5),
+        ("NVIDIA H200 NVL", "bf16", 835.5),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA A100-SXM4-80GB", "fp32", None),
+        ("NVIDIA H20", "bf16", None),
+    ],
+)
+def test_the_peak_of_a_device_is_that_of_its_own_data_sheet(name: str, precision: str, peak: float | None) -> None:
+    assert known_peak(name, precision) == peak
 
 
 def test_a_torn_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:

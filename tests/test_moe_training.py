@@ -11,7 +11,7 @@ FOUND = device.start("cpu")  # before megatron-core is imported
 
 from megapatch.models.build import ModelOptions, build  # noqa: E402
 from megapatch.models.cli import UserError, parser  # noqa: E402
-from megapatch.trainer import experts  # noqa: E402
+from megapatch.trainer.layout import experts  # noqa: E402
 from megapatch.trainer.options import PretrainOptions  # noqa: E402
 
 EXPERTS, TOPK = 8, 3  # of the tiny DeepSeek-V3

@@ -14,13 +14,15 @@ import packed_models
 import pytest
 import torch
 from packed_models import cut, forward
+from slow_cases import marked, wanted
 
 from megapatch.models import device, family, packed_rows, parallel
 
 TOLERANCE = 1e-5  # sums of other lengths are taken in another order
 LAYOUTS = {"CP2": {"cp": 2}, "TP2": {"tp": 2, "sequence_parallel": True}}
 OVER_PROCESSES = ("llama", "mistral", "bloom", "falcon", "qwen3_moe", "deepseek_v2", "gpt2")
-CASES = [(name, layout) for name in OVER_PROCESSES for layout in LAYOUTS]
+CASES = {(name, layout): LAYOUTS[layout] for name in OVER_PROCESSES for layout in LAYOUTS}
+QUICK = [case for case in CASES if case[0] in ("mistral", "bloom", "qwen3_moe", "deepseek_v2")]
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +103,14 @@ def test_the_shares_of_context_parallelism_are_two_pieces_of_each_segment(size: 
 
 
 @pytest.fixture(scope="module")
-def over_processes(prefix: Path) -> dict[str, list[float]]:
+def over_processes(prefix: Path, request: pytest.FixtureRequest) -> dict[str, list[float]]:
     """Family and layout -> how far packed logits and gradients are from those of conversations alone in one process."""
     results = prefix.with_suffix(".json")
-    for name in OVER_PROCESSES:
+    asked = wanted(request, CASES, QUICK)
+    for name in {name for name, _ in asked}:
         changes = packed_models.CHANGES.get(name, {})
         model_folders.soften(model_folders.make(prefix.parent / name, name, dtype=torch.float32, **changes))
-    cases = [[name, layout, LAYOUTS[layout]] for name, layout in CASES]
+    cases = [[*case, options] for case, options in asked.items()]
     worker = Path(__file__).parent / "packed_worker.py"
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
     given = [str(prefix), json.dumps(cases), str(results)]
@@ -118,7 +121,7 @@ def over_processes(prefix: Path) -> dict[str, list[float]]:
     return json.loads(results.read_text())
 
 
-@pytest.mark.parametrize(("name", "layout"), CASES)
+@pytest.mark.parametrize(("name", "layout"), marked(CASES, QUICK))
 def test_processes_that_share_a_packed_row_compute_the_same(
     name: str, layout: str, over_processes: dict[str, list[float]]
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 import trainer_runs
 from model_folders import contents, make, soften, weights
 from safetensors.torch import save_file
+from slow_cases import marked, wanted
 
 from megapatch.models import cli, device, family, hf_files, parallel
 from megapatch.models.shapes import Layout
@@ -30,6 +31,7 @@ LAYOUTS = {  # (processes, arguments)
     "recompute": (2, "--recompute full"),
     "distributed optimizer": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
 }
+QUICK = ("EP2", "PP2 VPP2", "CP2")  # tests/test_layouts_latent.py has others
 
 
 def published(folder: Path, shards: str = "5GB", **changes: Any) -> Path:
@@ -156,7 +158,9 @@ def hidden_states(folder: Path, found: device.Device) -> tuple[torch.Tensor, tor
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict]]]:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, dict[str, list[dict]]]:
     """The log records of training at each layout, in one process ('alone'), and without the layer ('without')."""
     folder = tmp_path_factory.mktemp("prediction")
     trainer_runs.corpus(folder)
@@ -165,7 +169,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     (made / "chat_template.jinja").unlink()
     asked = f"--train-iters {STEPS} --micro-batch-size 2 --lr 1e-2"
     by_size: dict[int, dict[str, Any]] = {1: {}, 2: {}}
-    for name, (size, layout) in {"alone": (1, ""), **LAYOUTS}.items():
+    for name, (size, layout) in {"alone": (1, ""), **wanted(request, LAYOUTS, QUICK)}.items():
         by_size[size][name] = trainer_runs.arguments(folder, "v3", "none", f"{asked} {WEIGHT} {layout}")
     for name, words in {"saved": f"{WEIGHT}", "without": ""}.items():
         case = trainer_runs.arguments(folder, "v3", name, f"{asked} --save-interval {STEPS} {words}")
@@ -178,7 +182,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", marked(LAYOUTS, QUICK))
 def test_a_layout_trains_as_one_process(runs: tuple[Path, dict[str, list[dict]]], layout: str) -> None:
     _, records = runs
     expected, found = trainer_runs.steps(records["alone"]), trainer_runs.steps(records[layout])

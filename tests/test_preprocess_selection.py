@@ -51,8 +51,9 @@ def test_a_text_has_one_share_in_any_order_shard_and_number_of_workers(tok: Path
     assert shares["a"][0] != shares["d"][0]
     sizes = [len(set(share)) for share in shares["a"]]
     assert sum(sizes) == 170 and sizes[0] > 100 and sizes[1] > 15 and sizes[2] > 5
+    flags = {"train": "--data-path", "valid": "--valid-data-path", "test": "--test-data-path"}
     argument = (tmp_path / "a.args").read_text()
-    assert argument == f"--data-path {tmp_path / 'a_train'}\n--valid-data-path {tmp_path / 'a_valid'}\n"
+    assert argument == "".join(f"{flag} {tmp_path / f'a_{share}'}\n" for share, flag in flags.items())
 
 
 def test_a_share_of_zero_is_not_written(tok: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 import pytest
 import trainer_runs
+from slow_cases import marked, wanted
 from trainer_runs import launch
 
 from megapatch.models.cli import UserError, parser
@@ -29,25 +30,32 @@ LATENT = {  # DeepSeek-V3: latent attention, one dense layer, experts beside sha
     ),
 }
 MODELS = {"qwen3": DENSE, "deepseek_v3": LATENT}
-CASES = [(model, kind) for model, kinds in MODELS.items() for kind in kinds]
+CASES = {(model, kind): words for model, kinds in MODELS.items() for kind, words in kinds.items()}
+QUICK = [  # in the default suite
+    ("qwen3", "full"),
+    ("qwen3", "the first 2 layers"),
+    ("qwen3", "core_attn mlp layernorm"),
+    ("deepseek_v3", "moe"),
+    ("deepseek_v3", "core_attn layernorm mla_up_proj mlp"),
+]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, list[dict]]:
     """Records of each model with each kind of recomputation; 'MODEL none' keeps all."""
     folder = tmp_path_factory.mktemp("recompute")
     trainer_runs.corpus(folder)
     cases = {}
-    for model, kinds in MODELS.items():
+    for model in MODELS:
         trainer_runs.model(folder, model, model, attention_dropout=0.1)
-        for kind, flags in {"none": "", **kinds}.items():
-            words = trainer_runs.arguments(folder, model, "run", f"--train-iters 3 --lr 5e-3 {flags}")
-            cases[f"{model} {kind}"] = {"arguments": words, "digests": True, "kept": True}
+    for (model, kind), flags in ({(model, "none"): "" for model in MODELS} | wanted(request, CASES, QUICK)).items():
+        words = trainer_runs.arguments(folder, model, "run", f"--train-iters 3 --lr 5e-3 {flags}")
+        cases[f"{model} {kind}"] = {"arguments": words, "digests": True, "kept": True}
     return launch(1, cases, folder)
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("model", "kind"), CASES)
+@pytest.mark.parametrize(("model", "kind"), marked(CASES, QUICK))
 def test_recomputation_changes_no_bit_and_keeps_less(runs: dict[str, list[dict]], model: str, kind: str) -> None:
     plain, found = runs[f"{model} none"], runs[f"{model} {kind}"]
     assert trainer_runs.steps(found) == trainer_runs.steps(plain)

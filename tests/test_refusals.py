@@ -14,9 +14,9 @@ from megapatch.tools.convert.convert import main as convert
 
 device.start()
 
-from megapatch.trainer import checkpoint  # noqa: E402
-from megapatch.trainer.data_cache import naming_the_cause  # noqa: E402
+from megapatch.trainer.data.data_cache import naming_the_cause  # noqa: E402
 from megapatch.trainer.pretrain import main as pretrain  # noqa: E402
+from megapatch.trainer.saving import checkpoint  # noqa: E402
 
 
 def step_folder(root: Path, step: int, config: dict | None = None) -> Path:

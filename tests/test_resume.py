@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_cases import marked, wanted
 from trainer_runs import ROOT, arguments, corpus, data, error, launch, log_of, model, steps
 
 DISTRIBUTED = "--use-distributed-optimizer"
@@ -45,6 +46,16 @@ ACROSS: dict[int, dict[str, tuple[str, str, str]]] = {  # processes after: {name
         "TP2 SP EP2 ETP1 to 1": ("mixture", "--tp 2 --sequence-parallel --ep 2 --etp 1", ""),
     },
 }
+MORE = {  # of both, slow
+    "attention dropout",
+    "distributed optimizer of one",
+    "CP2, dropout",
+    "DP2",
+    "1 to TP2 distributed",
+    "TP2 distributed to 1",
+}
+SAMES = {name: (processes, *case) for processes, cases in SAME.items() for name, case in cases.items()}
+ACROSSES = {name: (processes, *case) for processes, cases in ACROSS.items() for name, case in cases.items()}
 KILLED = {"step": (3, [1, 2, 3, 3, 4]), "save": (4, [1, 2, 3, 4, 3, 4])}  # after or while saving which step; the log
 SIGNAL = {"step": 2, "number": 10}  # SIGUSR1
 
@@ -62,8 +73,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[str, list[dict]]:
+def runs(folder: Path, request: pytest.FixtureRequest) -> dict[str, list[dict]]:
     """The records of every run, by name."""
+    asked, across = (wanted(request, cases, cases.keys() - MORE) for cases in (SAMES, ACROSSES))
 
     def run(model: str, options: str, save: str) -> list[str]:
         return arguments(folder, model, f"runs/{save}", options.replace("SMALL", str(folder / "small")))
@@ -73,17 +85,19 @@ def runs(folder: Path) -> dict[str, list[dict]]:
 
     def same(processes: int) -> dict[str, Any]:
         cases: dict[str, Any] = {}
-        for name, (kind, options) in SAME[processes].items():
+        for name, (size, kind, options) in asked.items():
+            if size != processes:
+                continue
             cases[name] = run(kind, options, f"{name} whole")
             cases[f"{name}, first"] = interrupted(kind, options, name, processes - 1)
             cases[f"{name}, rest"] = run(kind, options, name)
         return cases
 
     def before(processes: int) -> dict[str, Any]:
-        return {f"{k}, before": interrupted(m, o, k, 0) for k, (m, o, _) in ACROSS[3 - processes].items()}
+        return {f"{k}, before": interrupted(m, o, k, 0) for k, (n, m, o, _) in across.items() if n != processes}
 
     def after(processes: int) -> dict[str, Any]:
-        return {k: run(m, o, k) for k, (m, _, o) in ACROSS[processes].items()}
+        return {k: run(m, o, k) for k, (n, m, _, o) in across.items() if n == processes}
 
     killed = {
         f"killed in a {where}": {
@@ -94,12 +108,14 @@ def runs(folder: Path) -> dict[str, list[dict]]:
     }
     killed |= {f"{name}, rest": case["arguments"] for name, case in killed.items()}
     done = {"done": run("dense", "", "killed in a step"), "precision": run("dense", "--precision bf16", "alone")}
-    first = launch(1, killed | same(1) | before(1) | done, folder)
+    done["other batch"] = run("dense", "--global-batch-size 4 --train-iters 6 --lr-schedule linear", "batches")
+    begun = {"batch": interrupted("dense", "--lr-schedule linear --train-iters 4 --lr-decay-iters 6", "batches", 0)}
+    first = launch(1, killed | same(1) | before(1) | begun | done, folder)
     second = launch(2, same(2) | after(2) | before(2), folder)
     return first | second | launch(1, after(1), folder)
 
 
-@pytest.mark.parametrize("name", [name for cases in SAME.values() for name in cases])
+@pytest.mark.parametrize("name", marked(SAMES, SAMES.keys() - MORE))
 def test_a_run_resumed_after_a_signal_equals_the_uninterrupted_one_to_the_bit(
     runs: dict[str, list[dict]], name: str
 ) -> None:
@@ -109,9 +125,9 @@ def test_a_run_resumed_after_a_signal_equals_the_uninterrupted_one_to_the_bit(
     assert steps(first, rest) == steps(runs[name])
 
 
-@pytest.mark.parametrize("name", [name for cases in ACROSS.values() for name in cases])
+@pytest.mark.parametrize("name", marked(ACROSSES, ACROSSES.keys() - MORE))
 def test_a_run_resumed_in_another_layout_goes_on_within_1e_6(runs: dict[str, list[dict]], name: str) -> None:
-    kind, _, after = next(case for cases in ACROSS.values() for key, case in cases.items() if key == name)
+    _, kind, _, after = ACROSSES[name]
     whole = "bf16" if "bf16" in after else {"dense": "alone", "mixture": "mixture"}[kind]
     expected, found = steps(runs[whole]), steps(runs[f"{name}, before"], runs[name])
     assert [step for step, *_ in found] == [1, 2, 3, 4]
@@ -146,6 +162,12 @@ def test_a_killed_run_goes_on_from_its_last_complete_checkpoint_to_the_bit(
 
 def test_a_finished_run_started_again_trains_nothing(runs: dict[str, list[dict]]) -> None:
     assert runs["done"] == []
+
+
+def test_the_learning_rate_goes_on_where_it_was_with_another_global_batch_size(runs: dict[str, list[dict]]) -> None:
+    assert not error(runs["other batch"])
+    found = steps(runs["batch"], runs["other batch"])
+    assert [lr for *_, lr in found] == pytest.approx([1e-3 * (1 - n / 6) for n in range(6)])
 
 
 def test_a_run_is_not_resumed_at_another_precision(runs: dict[str, list[dict]]) -> None:

@@ -1,11 +1,10 @@
 """The sandwich norms and the normalised output layer: in training, pipelines, recomputation, bf16 and long contexts."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 import trainer_runs
+from slow_cases import marked, wanted
 from trainer_runs import launch, steps
 
 from megapatch.models import device
@@ -46,16 +45,18 @@ RUNS = {  # name -> family, changes of config.json, flags, how far the losses ma
     "qwen pp": ("qwen", {}, "--pp 2", 2e-5),
     "deepseek pp": ("deepseek", {}, "--pp 2", 2e-5),
 }
+QUICK = ("baichuan pp", "baichuan 13b cp", "glm4 cp", "glm4 bf16")
 COMMON = "--train-iters 3 --adam-eps 1e-3"  # Adam's first steps make noise of gradients near zero as large as others
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    """Log records of each run in two processes, and of 'NAME alone' in one."""
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, list[dict]]:
+    """Log records of each run in two processes, of 'NAME alone' in one, and of 'long', too long a sequence."""
     folder = tmp_path_factory.mktemp("runs")
     trainer_runs.corpus(folder)
-    cases: dict[int, dict[str, list[str]]] = {1: {}, 2: {}}
-    for name, (family, changes, flags, _) in RUNS.items():
+    trainer_runs.model(folder, "qwen", "qwen", seq_length=16)
+    cases: dict[int, dict[str, list[str]]] = {1: {"long": trainer_runs.arguments(folder, "qwen", "long")}, 2: {}}
+    for name, (family, changes, flags, _) in wanted(request, RUNS, QUICK).items():
         trainer_runs.model(folder, name, family, **changes)
         cases[1][name + " alone"] = trainer_runs.arguments(folder, name, name + " alone", COMMON)
         cases[2][name] = trainer_runs.arguments(folder, name, name + " run", f"{COMMON} {flags}")
@@ -63,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", marked(RUNS, QUICK))
 def test_a_layout_trains_as_one_process(runs: dict[str, list[dict]], name: str) -> None:
     for log in (runs[name], runs[name + " alone"]):
         assert log[-1]["event"] != "error", log[-1]["text"]
@@ -75,8 +76,5 @@ def test_a_layout_trains_as_one_process(runs: dict[str, list[dict]], name: str) 
     assert norm <= 5 * RUNS[name][3]
 
 
-def test_a_sequence_longer_than_the_model_was_made_for_is_refused(tmp_path: Path) -> None:
-    trainer_runs.corpus(tmp_path)
-    trainer_runs.model(tmp_path, "qwen", "qwen", seq_length=16)
-    log = launch(1, {"qwen": trainer_runs.arguments(tmp_path, "qwen", "run")}, tmp_path)["qwen"]
-    assert "--seq-length 32 is longer than" in trainer_runs.error(log)
+def test_a_sequence_longer_than_the_model_was_made_for_is_refused(runs: dict[str, list[dict]]) -> None:
+    assert "--seq-length 32 is longer than" in trainer_runs.error(runs["long"])

@@ -9,6 +9,7 @@ import pytest
 import sft_runs
 import torch
 from sft_runs import ROW, ROWS
+from slow_cases import marked, wanted
 from trainer_runs import error, events, log_of, steps
 
 from megapatch.models import packing
@@ -18,7 +19,7 @@ from megapatch.models.packed_rows import Conversations, PackedRows
 ALL = f"--data-path {{}}/chats --global-batch-size {ROWS}"  # each step meets every conversation once
 HALF = f"--data-path {{}}/chats --global-batch-size {ROWS // 2}"
 WEIGHTED = f"--data-path {{}}/weighted --global-batch-size {ROWS}"
-SOURCES = "--data-path {}/chats {}/more --global-batch-size 4"
+SOURCES = "--data-path {}/chats {}/more --global-batch-size 4 --valid-data-path {}/chats {}/more --eval-interval 4"
 SEQUENCE = "--loss-normalisation sequence"
 LAYOUTS = {  # of two processes: name -> (model, arguments, the case of one process that it equals)
     "DP2": ("dense", ALL, "packed"),
@@ -38,6 +39,7 @@ LAYOUTS = {  # of two processes: name -> (model, arguments, the case of one proc
     "TP2 sources": ("dense", f"{SOURCES} --tp 2", "two sources"),
     "CP2 padded sources": ("dense", f"{SOURCES} --no-packing --cp 2", "two sources padded"),
 }
+QUICK = LAYOUTS.keys() - {"DP2", "PP2", "CP2", "DP2 sequence", "DP2 of the order", "PP2 sources", "TP2 sources"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sft_runs.tokenizer(made)
     sft_runs.filling(made, "chats")
     sft_runs.filling(made, "weighted", weighted=True)
-    sft_runs.data(made, "more", sft_runs.chats(20, seed=1))
+    sft_runs.data(made, "more", sft_runs.chats(20, seed=99))  # of which "chats" has none
     sft_runs.model(made, "dense", num_hidden_layers=4)
     sft_runs.model(made, "experts", "qwen3_moe")
     return made
@@ -96,11 +98,11 @@ def alone(folder: Path) -> dict[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def pairs(folder: Path, alone: dict[str, list[dict]]) -> dict[str, list[dict]]:
+def pairs(folder: Path, alone: dict[str, list[dict]], request: pytest.FixtureRequest) -> dict[str, list[dict]]:
     """Records of the runs of two processes, after those of one."""
     cases = {
         name: sft_runs.arguments(folder, model, "run", words.replace("{padded}", padded(folder)))
-        for name, (model, words, _) in LAYOUTS.items()
+        for name, (model, words, _) in wanted(request, LAYOUTS, QUICK).items()
     }
     cases["resumed on two"] = sft_runs.arguments(folder, "dense", "other", f"{HALF} --save-interval 2")
     return sft_runs.launch(2, cases, folder)
@@ -135,7 +137,7 @@ def test_the_normalisations_and_weights_differ(alone: dict[str, list[dict]]) -> 
     assert abs(first["weighted"] - first["sequence"]) > 1e-4
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", marked(LAYOUTS, QUICK))
 def test_a_layout_trains_as_one_process(alone: dict[str, list[dict]], pairs: dict[str, list[dict]], name: str) -> None:
     loss, norm = apart(alone[LAYOUTS[name][2]], pairs[name])
     print(f"{name}: loss {loss:.1e}, norm {norm:.1e}")
@@ -203,10 +205,14 @@ def test_losses_are_told_by_source(folder: Path, alone: dict[str, list[dict]], p
     assert list(losses) == [str(folder / "chats"), str(folder / "more")]
     mean = sum(losses[name] * counts[name] for name in losses) / sum(counts.values())
     assert abs(mean - first["loss"]) <= 1e-6 and len({round(loss, 3) for loss in losses.values()}) == 2
-    for layout in ("DP2 sources", "CP2 padded sources", "PP2 sources", "TP2 sources"):
+    for layout in ("DP2 sources", "CP2 padded sources", *(pairs.keys() & {"PP2 sources", "TP2 sources"})):
         one = "two sources padded" if "padded" in layout else "two sources"
-        for a, b in zip(events(alone[one], "train"), events(pairs[layout], "train"), strict=True):
-            assert all(abs(a["loss_of"][name] - b["loss_of"][name]) <= 1e-5 for name in losses)
+        for kind in ("train", "eval"):
+            for a, b in zip(events(alone[one], kind), events(pairs[layout], kind), strict=True):
+                assert all(abs(a["loss_of"][name] - b["loss_of"][name]) <= 1e-5 for name in losses)
+    held = events(alone["two sources"], "eval")[-1]
+    low, high = sorted(held["loss_of"].values())
+    assert list(held["loss_of"]) == list(losses) and low < held["loss"] < high
 
 
 def expected(folder: Path, name: str, normalisation: str) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import pytest
 from pages import matches, printed, shown
 
 from megapatch.models import cli
-from megapatch.trainer.sft_options import SftOptions
+from megapatch.trainer.tuning.sft_options import SftOptions
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "fine-tuning.md").read_text()
 SHOWN = shown(PAGE)

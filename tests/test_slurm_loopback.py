@@ -146,7 +146,7 @@ def test_a_job_whose_node_dies_is_queued_again_and_resumes_when_the_node_is_back
     wait_for_end(cluster, folder)
     starts = [record for record in events(folder) if record["event"] == "start"]
     assert starts[0]["resumed_from"] is None and starts[1]["resumed_from"] >= 40 and len(starts) == 2
-    assert steps(folder) == list(range(1, STEPS + 1))
+    assert steps(folder) == list(range(1, STEPS + 1)) and state(cluster, job) == "COMPLETED"
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainer_runs import ENVIRONMENT, TORCHRUN, arguments, corpus, error, events, launch, log_of, model, steps, train
 
+from megapatch.models import core_files
 from megapatch.trainer.pretrain import main
 
 Usage = namedtuple("Usage", "total used free")
@@ -76,6 +79,10 @@ def guarded(folder: Path) -> dict[str, list[dict]]:
     words = arguments(folder, "dense", "guarded/first", "--save-interval 1")
     cases["first"] = {"arguments": words, "bad": {"1": ["loss", 0]}, "signal": {"step": 1, "number": 10}}
     cases["first, rest"] = words
+    cases["behind"] = {"arguments": [*words, "--train-iters", "6"], "behind": 1}
+    words = arguments(folder, "dense", "guarded/full", "--save-interval 2 --async-save --use-distributed-optimizer")
+    cases["full"] = {"arguments": words, "full": 1}
+    cases["full, rest"] = words
     cases["failing"] = {"arguments": arguments(folder, "dense", "guarded/failing"), "fail": 1}
     return launch(2, cases, folder)
 
@@ -109,8 +116,24 @@ def test_a_run_whose_first_step_was_bad_can_be_resumed(guarded: dict[str, list[d
     assert all(norm is not None for _, _, norm, _ in steps(guarded["first, rest"]))
 
 
+def test_ranks_that_found_other_checkpoints_do_not_resume(guarded: dict[str, list[dict]], folder: Path) -> None:
+    save = folder / "guarded/first"
+    told = f"rank 1: {save}: iter_0000001 was the newest checkpoint here, iter_0000004 for rank 0; run again to go on"
+    assert error(guarded["behind"]) == f"megapatch.models.cli.UserError: {told}"
+    assert core_files.read_tracker(save) == 4
+
+
 def test_a_mistake_that_one_rank_meets_ends_all_and_names_the_rank(guarded: dict[str, list[dict]]) -> None:
     assert error(guarded["failing"]) == "megapatch.models.cli.UserError: rank 1: no such weights"
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_all_and_the_run_goes_on_later(
+    guarded: dict[str, list[dict]], folder: Path
+) -> None:
+    told = error(guarded["full"])
+    assert told.startswith(f"megapatch.models.cli.UserError: rank 1: {folder}/guarded/full/iter_0000002.tmp")
+    assert "disk full: 791,040 bytes needed, " in told
+    assert [step for step, *_ in steps(guarded["full, rest"])] == [1, 2, 3, 4]
 
 
 def test_a_disk_without_room_is_told_before_the_first_byte(
@@ -151,6 +174,75 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_checkpoint(
     assert [path.name for path in sorted(save.glob("iter_*"))] == ["iter_0000002", "iter_0000004"]
 
 
+FAILING = {  # what the thread that saves beside the training meets: exit status, what is said
+    "EIO": (OSError(errno.EIO, os.strerror(errno.EIO)), 73, "Input/output error: 791,040 bytes needed"),
+    "ENOSPC": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 73, "disk full: 791,040 bytes needed"),
+    "a mistake of ours": (AssertionError("broken"), 1, "AssertionError: broken"),
+}
+
+
+@pytest.mark.parametrize("where", ["write", "finish"])
+@pytest.mark.parametrize("what", FAILING)
+def test_a_save_beside_the_training_that_fails_ends_the_run(
+    folder: Path, tmp_path: Path, what: str, where: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    from megapatch.models import commit
+    from megapatch.trainer.saving import writing
+
+    error, status, said = FAILING[what]
+    calls = []
+
+    def second(*args: Any, **words: Any) -> Any:
+        calls.append(threading.current_thread() is not threading.main_thread())
+        if len(calls) == 2:
+            raise error
+        return real(*args, **words)
+
+    owner, name = {"write": (writing, "write"), "finish": (commit, "seal")}[where]
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, second)
+    words = arguments(folder, "dense", str(tmp_path), "--async-save --save-interval 2 --train-iters 400")
+    assert outcome(words) == status
+    assert calls == [True, True]
+    told = capfd.readouterr().err
+    assert said in told
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    left = ["iter_0000004.tmp"] if status == 1 else []  # for the next start to remove; on a full disk it must go
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000002", *left]
+    assert events(log_of(tmp_path), "train")[-1]["step"] < 20  # it is met at the next step that finds the thread done
+
+
+def outcome(words: list[str]) -> int:
+    """The exit status; 1 for an error that is not the user's, which Python would tell of with a traceback."""
+    try:
+        return main(words)
+    except AssertionError:
+        traceback.print_exc()
+        return 1
+
+
+def test_a_checkpoint_on_its_way_is_completed_before_a_run_gives_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    from megapatch.models import commit
+    from megapatch.trainer import step
+
+    def slow(*args: Any, **words: Any) -> None:
+        time.sleep(3)
+        real(*args, **words)
+
+    def spoilt(session: Any) -> float | None:
+        return None if session.step >= 2 else update(session)
+
+    real, update = commit.seal, step.update
+    monkeypatch.setattr(commit, "seal", slow)
+    monkeypatch.setattr(step, "update", spoilt)
+    words = "--async-save --save-interval 2 --train-iters 400 --max-nan 1"
+    assert main(arguments(folder, "dense", str(tmp_path), words)) == 1
+    assert "giving up; the last checkpoint is step 2" in capfd.readouterr().err
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
 def test_a_damaged_checkpoint_is_not_resumed(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     save = tmp_path / "run"
     train(folder, str(save), "--train-iters 1")
@@ -168,7 +260,7 @@ def test_a_signal_while_everything_loads_saves_after_one_step(folder: Path, tmp_
     run = subprocess.Popen([*script, *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     wait(run, lambda: catches(run.pid, signal.SIGUSR1))
     run.send_signal(signal.SIGUSR1)
-    said = run.communicate(timeout=120)[1]
+    said = run.communicate(timeout=500)[1]
     assert run.returncode == 0, said
     assert log_of(tmp_path / "run")[-1]["reason"] == "signal 10"
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "1"
@@ -203,7 +295,7 @@ def test_torchrun_restarts_a_killed_rank_and_passes_sigterm_on(folder: Path, tmp
     workers[1].kill()
     wait(run, lambda: len(events(log_of(save), "resume")) == 1 and log_of(save)[-1]["event"] == "train")
     run.send_signal(signal.SIGTERM)
-    said = run.communicate(timeout=120)[1]
+    said = run.communicate(timeout=500)[1]
     records = log_of(save)
     assert records[-1]["reason"] == "signal 15", said
     resumed = events(records, "resume")[0]["step"]
@@ -217,7 +309,7 @@ def test_torchrun_restarts_a_killed_rank_and_passes_sigterm_on(folder: Path, tmp
 
 def test_under_torchrun_a_mistake_is_told_once(folder: Path, tmp_path: Path) -> None:
     run = torchrun(arguments(folder, "dense", str(tmp_path / "run"), "--split 0,1"), "--monitor-interval", "0.1")
-    said = run.communicate(timeout=120)[1].splitlines()
+    said = run.communicate(timeout=500)[1].splitlines()
     message = "mp-pretrain[0]: error: --split 0,1: leaves nothing to train on"
     assert run.returncode == 1
     assert said[0] == message

@@ -9,7 +9,7 @@ import pytest
 
 from megapatch.models.cli import UserError
 from megapatch.models.commit import FullDisk
-from megapatch.trainer import disk
+from megapatch.trainer.saving import disk
 
 FREE = "7 bytes are free; what was complete before is kept; "
 FULL, BROKEN = FREE + "free space and run again", FREE + "look at the disk, or name another place and run again"

@@ -1,6 +1,5 @@
-"""Ranks that are killed, stopped or stuck, signals at any moment, and disks that fail, on real processes."""
+"""Ranks that are killed, stopped or stuck, and disks that fail, on real processes."""
 
-import random
 import signal
 import subprocess
 import sys
@@ -14,11 +13,11 @@ import pytest
 from trainer_runs import ENVIRONMENT, arguments, corpus, log_of, model, train
 
 from megapatch.models import core_files
-from megapatch.trainer import locks
 from megapatch.trainer.pretrain import main
+from megapatch.trainer.saving import locks
 
 SCRIPT = [sys.executable, "-m", "megapatch.trainer.pretrain"]
-LONG = "--train-iters 100000 --log-interval 100000 --watchdog-s 5 --async-save --save-interval 20 --keep 2"
+LONG = "--train-iters 100000 --log-interval 100000 --watchdog-s 12 --async-save --save-interval 20 --keep 2"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +73,7 @@ def test_a_rank_that_is_lost_ends_the_other_in_30_s_which_names_it(folder: Path,
         runs.ranks[lost].send_signal(number)
         start = time.monotonic()
         assert runs.ranks[1 - lost].wait(timeout=60) == 1
+        print(f"{how}: the other ended after {time.monotonic() - start:.1f} s")
         assert time.monotonic() - start < 30
         *before, last = runs.said(1 - lost).splitlines()
         assert f"mp-pretrain[{1 - lost}]: error: " in last
@@ -109,43 +109,11 @@ def test_two_runs_with_one_save_are_refused_and_a_killed_one_is_followed(
 
 HOLD = """
 import sys, time, pathlib
-from megapatch.trainer import locks
+from megapatch.trainer.saving import locks
 locks.hold(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
 """
-
-
-def moments(folder: Path, save: Path, seed: int) -> None:
-    """Send a signal at a random moment of a run from its first import on; it saves, or leaves without a word."""
-    chance = random.Random(seed)
-    number = chance.choice([signal.SIGTERM, signal.SIGUSR1])
-    extra = "--train-iters 400 --save-interval 3 --eval-interval 2 --split 60,40 --log-interval 50 --keep 2"
-    words = arguments(folder, "dense", str(save), extra + chance.choice(["", " --async-save"]))
-    run = subprocess.Popen([*SCRIPT, *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    time.sleep(chance.uniform(0, 12))
-    run.send_signal(number)
-    said = run.communicate(timeout=300)[1]
-    assert "Traceback" not in said and "error" not in said
-    if run.returncode == -number:  # before Python had read the first line
-        assert not save.exists()
-        return
-    assert run.returncode == 0, said
-    last = log_of(save)[-1]
-    assert last["event"] == "end" and last["reason"] in (f"signal {number}", "done")
-    assert core_files.read_tracker(save) == last["step"] >= 1
-    assert not list(save.glob("iter_*.tmp"))
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_signal_at_a_random_moment_saves_or_leaves_cleanly(folder: Path, tmp_path: Path, seed: int) -> None:
-    moments(folder, tmp_path / "run", seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 200))
-def test_a_signal_at_any_of_100_moments_saves_or_leaves_cleanly(folder: Path, tmp_path: Path, seed: int) -> None:
-    moments(folder, tmp_path / "run", seed)
 
 
 SMALL_DISK = 'mount -t tmpfs -o size=$1 none "$2" && shift 2 && exec "$@"'

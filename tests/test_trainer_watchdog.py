@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megapatch.trainer import watchdog
-from megapatch.trainer.watchdog import Watchdog
+from megapatch.trainer.watching import watchdog
+from megapatch.trainer.watching.watchdog import Watchdog
 
 
 class Store(dict[str, bytes]):
@@ -119,7 +119,7 @@ def test_a_verdict_reaches_the_other_ranks_which_leave_stacks(tmp_path: Path) ->
 
 VERDICT = """
 import pathlib, sys, time
-from megapatch.trainer.watchdog import Watchdog
+from megapatch.trainer.watching.watchdog import Watchdog
 
 class Store(dict):
     set = lambda self, key, value: self.update({key: value.encode()})

@@ -10,21 +10,26 @@ arguments, or an object that holds them as "arguments" and, when wanted, with st
     "bad": {"3": ["loss", 1], "4": ["gradient", 0]}  the loss of step 3 on rank 1 and a gradient of step 4 on rank 0 are
                                                      not finite
     "fail": 1                                        loading the weights fails on this rank, with a UserError
+    "behind": 1                                      this rank has found the checkpoint of step 1 to resume from
+    "full": 1                                        writing its share of a checkpoint fails on this rank: no space left
     "kill": {"step": 4} or {"save": 4}               the process is killed (-9) after step 4, or while it saves step 4;
                                                      for one process only, before the first case without
     "digests": true                                  adds {"event": "state", "step", "digest"}: xxh3 of all parameters
                                                      and optimizer states of rank 0, after the step
     "kept": true                                     adds {"event": "kept", "bytes"}: the most that rank 0 kept for the
-                                                     backward pass of a micro-batch
+                                                     backward pass of a micro-batch; "total_bytes" of all of them
 
 A case that fails has one record: {"event": "error", "text": traceback}.
 """
 
+import errno
+import gc
 import json
 import os
 import sys
 import traceback
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -88,6 +93,11 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
+def spoil(parameter: torch.nn.Parameter) -> None:
+    """Make the sum of a parameter's gradients one that is not finite."""
+    parameter.main_grad.fill_(float("nan"))  # type: ignore[attr-defined]
+
+
 class Faults:
     """Makes losses and gradients that are not finite, at given steps on given ranks."""
 
@@ -106,9 +116,10 @@ class Faults:
 
     def spoil_gradient(self, run: Session, *args: Any, train: bool) -> Any:
         self.step = run.step + 1 if train else -1
-        parameter = next(p for p in run.models[0].parameters() if p.dim() > 1)
-        wrong = self.what() == "gradient"  # before it is reduced over the ranks, as a number too large would be
-        hook = parameter.register_hook(lambda gradient: gradient * float("nan")) if wrong else None
+        hook = None
+        if self.what() == "gradient":  # before it is reduced over the ranks, as a number too large would be
+            parameter = next(p for p in run.models[0].parameters() if p.dim() > 1)
+            hook = parameter.register_hook(lambda _: spoil(parameter))  # gradients of weights may never reach a hook
         with self.kept.watching() if self.kept else nullcontext():
             found = self.run_batches(run, *args, train=train)
         if hook:
@@ -154,6 +165,17 @@ def failing(rank: int) -> Any:
     return mock.patch.object(session, "load_weights", load)
 
 
+def filling(rank: int) -> Any:
+    """Patch the writing of checkpoints so that the disk is full on this rank."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def full(*args: Any, **words: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    found = full if rank == dist.get_rank() else filesystem_async._write_item
+    return mock.patch.object(filesystem_async, "_write_item", found)
+
+
 def run_case(case: Any) -> list[dict]:
     from megatron.core import parallel_state
 
@@ -164,6 +186,8 @@ def run_case(case: Any) -> list[dict]:
         plan = make_plan(options)
         if plan.done:
             return []
+        if str(case.get("behind")) == os.environ.get("RANK"):
+            plan = replace(plan, resumed=options.save / "iter_0000001")
         with failing(case.get("fail", -1)):
             trainer, records = prepare(options, device.start(options.device), plan)
         memory = Memory(case, trainer.session)
@@ -171,15 +195,18 @@ def run_case(case: Any) -> list[dict]:
         if not options.save_interval and "signal" not in case and "save" not in case:
             trainer.saved_step = options.train_iters  # nothing to save: these cases look at the losses only
         kept = Kept(p for m in trainer.session.models for p in m.parameters()) if case.get("kept") else None
+        if kept and trainer.session.aside:
+            kept.watch_offload(trainer.session.aside)
         faults = Faults(case.get("bad", {}), kept)
         with (
             mock.patch.object(step, "_loss", faults.spoil_loss),
             mock.patch.object(step, "run_batches", faults.spoil_gradient),
             killing(case.get("kill", {})),
+            filling(case.get("full", -1)),
         ):
             trainer.run()
         if kept:
-            memory.records.append({"event": "kept", "bytes": kept.most})
+            memory.records.append({"event": "kept", "bytes": kept.most, "total_bytes": kept.total})
         records.close()
         return memory.records
     finally:
@@ -188,6 +215,8 @@ def run_case(case: Any) -> list[dict]:
 
 def main(cases: Path, results: Path) -> None:
     signals.listen()
+    gc.collect()
+    gc.freeze()  # what imports made is not looked through again: Kept asks for it in every pass
     found = {}
     for name, case in json.loads(cases.read_text()).items():
         try:

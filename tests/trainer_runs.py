@@ -19,7 +19,7 @@ from megapatch.trainer.pretrain import main
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # any free port
-WORDS = "--train-iters 4 --seq-length 32 --global-batch-size 8 --micro-batch-size 2 --lr 1e-3 --timeout-s 60"
+WORDS = "--train-iters 4 --seq-length 32 --global-batch-size 8 --micro-batch-size 2 --lr 1e-3 --timeout-s 300"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 VOCABULARY = 511  # odd: tensor parallelism does not divide it
 
@@ -62,11 +62,13 @@ def arguments(folder: Path, name: str, save: str, extra: str = "") -> list[str]:
     return [*paths, "--data-cache-path", str(folder / "cache"), *WORDS.split(), *extra.split()]
 
 
-def launch(processes: int, cases: dict[str, Any], folder: Path) -> dict[str, list[dict]]:
-    """Run training cases in so many processes (tests/train_worker.py); the log records of each."""
+def launch(
+    processes: int, cases: dict[str, Any], folder: Path, program: str = "train_worker.py"
+) -> dict[str, list[dict]]:
+    """Run training cases in so many processes (tests/train_worker.py, or one like it); the log records of each."""
     given, results = folder / f"cases{processes}.json", folder / f"results{processes}.json"
     given.write_text(json.dumps(cases))
-    worker = [str(ROOT / "tests" / "train_worker.py"), str(given), str(results)]
+    worker = [str(ROOT / "tests" / program), str(given), str(results)]
     start = [sys.executable] if processes == 1 else [*TORCHRUN, "--nproc-per-node", str(processes)]
     ran = subprocess.run([*start, *worker], env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr[-4000:]

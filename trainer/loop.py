@@ -9,16 +9,18 @@ from typing import Any
 import torch
 
 from megapatch.models.cli import UserError
-from megapatch.trainer import checkpoint, signals
-from megapatch.trainer.describe import as_file
-from megapatch.trainer.metrics import Log
-from megapatch.trainer.progress import Progress
+from megapatch.trainer import final_test, signals
+from megapatch.trainer.data.sample_places import Samples, shown
+from megapatch.trainer.data.sources import BySource
+from megapatch.trainer.offload.auto import Fitting
 from megapatch.trainer.ranks import first, together, warn
-from megapatch.trainer.sample_places import Samples, shown
-from megapatch.trainer.saving import Saving
+from megapatch.trainer.saving import checkpoint
+from megapatch.trainer.saving.writing import Saving
 from megapatch.trainer.session import Session
-from megapatch.trainer.step import Batches, StepResult, evaluate, train_step
-from megapatch.trainer.watchdog import note
+from megapatch.trainer.step import Batches, StepResult, evaluate
+from megapatch.trainer.watching.metrics import Log
+from megapatch.trainer.watching.progress import Progress
+from megapatch.trainer.watching.watchdog import note
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,10 @@ class Trainer:
     """Runs a session to its last step."""
 
     samples: Samples | None = None  # what ``train`` reads, where it can say where that comes from
+    trained: BySource | None = None  # is told of losses in training
+    validated: BySource | None = None  # and in validation
+    test: Callable[[int], Batches] | None = None  # as ``valid``, for the evaluation after the last step
+    tested: BySource | None = None  # is told of losses in that one
     saving: Saving | None = None  # the checkpoint that is written beside the training
 
     def __init__(
@@ -47,29 +53,41 @@ class Trainer:
         self.train, self.valid, self.eval_steps = train, valid, eval_steps
         self.bad_steps = 0
         self.saved_step = session.step
+        self.fitting = Fitting(session, records, num_micro_batches)
         self.progress = Progress(session.options, session.device, session.step)
 
     def run(self) -> None:
         """Train until --train-iters, or until a signal asks to stop; the state is saved at the end."""
         options, session = self.session.options, self.session
-        reason = "done"
+        try:
+            reason = self._steps()
+            self.save()
+            if reason == "done":
+                reason = self._test()
+        except BaseException:
+            self.progress.close(failed=True)
+            raise
+        self.records.write("end", step=session.step, reason=reason, consumed_samples=session.consumed_samples)
+        unfinished = session.step < options.train_iters or (self.test and reason != "done")
+        if options.requeue_file and unfinished and first():
+            options.requeue_file.touch()
+        self.progress.close()
+
+    def _steps(self) -> str:
+        """Every step that is left, with what is due between them; why it ended."""
+        options, session = self.session.options, self.session
         if session.step == 0 and options.eval_interval:
             self.evaluate()
         while session.step < options.train_iters:
             self._one_step()
             if signal := self._look_around():
-                reason = f"signal {signal}"
                 warn(log, "signal %d: saving at step %d and leaving", signal, session.step)
-                break
+                return f"signal {signal}"
             if options.eval_interval and session.step % options.eval_interval == 0:
                 self.evaluate()
             if options.save_interval and session.step % options.save_interval == 0:
                 self.save(beside=options.async_save and session.step < options.train_iters)
-        self.save()
-        self.records.write("end", step=session.step, reason=reason, consumed_samples=session.consumed_samples)
-        self.progress.close()
-        if options.requeue_file and session.step < options.train_iters and first():
-            options.requeue_file.touch()
+        return "done"
 
     def _one_step(self) -> None:
         session = self.session
@@ -77,7 +95,7 @@ class Trainer:
         start = time.perf_counter()
         lr = session.optimizer.param_groups[0]["lr"]
         with self.progress.profiler.around(session.step + 1):
-            result = train_step(session, self.train(session.consumed_samples), self.count)
+            result = self.fitting.train_step(lambda: self.train(session.consumed_samples))
         session.device.synchronize()
         seconds = time.perf_counter() - start
         session.step += 1
@@ -100,8 +118,11 @@ class Trainer:
         self.records.write("bad_step", step=self.session.step, what=what, samples=places or list(batch))
         where = f"samples {batch[0]} to {batch[-1]}" + (f": {shown(places)}" if places else "")
         message = f"step {self.session.step}: the {what} is not finite ({where})"
+        over = self.bad_steps > self.session.options.max_nan
+        if over and self.saving:
+            self._saved(self.saving)  # of a step before the bad ones, or of one that they left unchanged
         with together():
-            if self.bad_steps > self.session.options.max_nan:
+            if over:
                 raise UserError(
                     f"{message}; {self.bad_steps} such steps in a row, giving up; {self._last_good()}; "
                     "lower --lr, or look at the data"
@@ -126,24 +147,43 @@ class Trainer:
             "consumed_samples": session.consumed_samples,
             **self.progress.measures(session.step, tflops),
             **result.extra,
+            **(self.trained.said if self.trained else {}),
         }
         self.records.write("train", **fields)
         self.progress.tell(fields)
 
     def evaluate(self) -> None:
         """Log the mean loss of the first global batches of the validation split; not if a signal cuts it short."""
-        if not self.eval_steps:
-            return
+        if self.eval_steps:
+            self._evaluate("eval", "valid", self.valid, self.validated)
+
+    def _test(self) -> str:
+        """Log and keep the mean loss on data to test with; "done", or the signal that cut it short."""
+        if self.test is None:
+            return "done"
+        loss = self._evaluate("test", "test", self.test, self.tested)
+        with together():
+            if loss is not None and first():
+                final_test.write(self.session.options, self.session.step, loss)
+        return f"signal {self._look_around()}" if loss is None else "done"
+
+    def _evaluate(
+        self, event: str, split: str, given: Callable[[int], Batches], losses: BySource | None
+    ) -> float | None:
+        """Log the mean loss of the first global batches of a split, and give it; None if a signal cuts that short."""
         session = self.session
 
         def batches(step: int) -> Batches | None:
             note(f"in evaluation {step + 1} at step {session.step}")
-            return None if self._look_around() else self.valid(step)
+            return None if self._look_around() else given(step)
 
-        loss = evaluate(session, batches, self.eval_steps, self.count)
+        if losses:
+            losses.clear()
+        loss = evaluate(session, batches, session.options.eval_iters, self.count)
         if loss is not None:
-            self.records.write("eval", step=session.step, loss=loss, split="valid")
-            log.info(f"step {session.step}  validation loss {loss:.4f}")
+            self.records.write(event, step=session.step, loss=loss, split=split, **(losses.said if losses else {}))
+            log.info(f"step {session.step}  {'test' if event == 'test' else 'validation'} loss {loss:.4f}")
+        return loss
 
     def save(self, *, beside: bool = False) -> None:
         """Save, unless this step is saved already; ``beside`` the training, or wait until all is durable."""
@@ -162,8 +202,6 @@ class Trainer:
         self.saving, self.saved_step = None, saving.step
         self.source = checkpoint.source_in(folder)  # --keep may remove the checkpoint that this run came from
         seconds = {"seconds": saving.seconds(), "held_s": saving.held_s}
-        if first():
-            (folder.parent / "options.args").write_text(as_file(self.session.options))
         self.records.write("save", step=saving.step, **seconds, folder=str(folder))
         log.info("saved %s", folder)
 

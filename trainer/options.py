@@ -1,23 +1,48 @@
 """Options of mp-pretrain. Sizes of the model come from config.json, never from a flag."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Optional
 
 from megapatch.models.cli import opt
-from megapatch.trainer.fp8_options import Fp8Options
-from megapatch.trainer.lora_options import LoraOptions
-from megapatch.trainer.moe_options import MoeOptions
-from megapatch.trainer.overlap import OverlapOptions
-from megapatch.trainer.recompute_options import RecomputeOptions
-from megapatch.trainer.reliability_options import ReliabilityOptions
-from megapatch.trainer.watching import Watching
+from megapatch.trainer.data.options import DataOptions
+from megapatch.trainer.layout.fp8_options import Fp8Options
+from megapatch.trainer.layout.moe_options import MoeOptions
+from megapatch.trainer.layout.overlap import OverlapOptions
+from megapatch.trainer.layout.recompute_options import RecomputeOptions
+from megapatch.trainer.offload.activation_options import ActivationOptions
+from megapatch.trainer.offload.options import OffloadOptions
+from megapatch.trainer.saving.options import ReliabilityOptions
+from megapatch.trainer.tuning.lora_options import LoraOptions
+from megapatch.trainer.watching.options import Watching
 
-SPLIT = "98,2,0"
+COUNT = "at least 1", lambda value: value >= 1
+POSITIVE = "above 0, and finite", lambda value: 0 < value < math.inf
+NOT_NEGATIVE = "0 or more", lambda value: 0 <= value < math.inf
+SHARE = "at least 0 and below 1", lambda value: 0 <= value < 1
+NUMBERS = {  # option: what its number must be
+    **dict.fromkeys(("seq_length", "micro_batch_size", "global_batch_size", "train_iters"), COUNT),
+    **dict.fromkeys(("log_interval", "eval_iters", "lr_decay_iters"), COUNT),
+    **dict.fromkeys(("lr", "adam_eps"), POSITIVE),
+    **dict.fromkeys(("lr_warmup_iters", "weight_decay", "clip_grad", "eval_interval", "mtp_loss_weight"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), SHARE),
+    "seed": ("0 or more, and below 2^31", lambda value: 0 <= value < 2**31),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, LoraOptions, ReliabilityOptions, Watching):
+class TrainOptions(
+    RecomputeOptions,
+    ActivationOptions,
+    OffloadOptions,
+    MoeOptions,
+    Fp8Options,
+    OverlapOptions,
+    LoraOptions,
+    ReliabilityOptions,
+    Watching,
+):
     """What every kind of training shares."""
 
     tool: ClassVar[str] = "mp-pretrain"
@@ -59,6 +84,9 @@ class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, Lor
         0.0,
     )
 
+    data_cache_path: Optional[Path] = opt(
+        "folder for what is made of the data once, such as indices, if not SAVE/data-cache", None
+    )
     requeue_file: Optional[Path] = opt(
         "made when a signal ended the run and all is saved, for a job script to see", None
     )
@@ -68,19 +96,15 @@ class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, Lor
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_recompute()
+        self.refuse_activations(self.recompute, self.recompute_modules, linked=self.offload_optimizer is not None)
+        self.refuse_offload()
         self.refuse_moe()
         self.refuse_fp8(self.precision)
         self.refuse_overlap(self)
-        for flag in (
-            "seq_length",
-            "micro_batch_size",
-            "global_batch_size",
-            "train_iters",
-            "log_interval",
-            "eval_iters",
-        ):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: must be at least 1")
+        for name, (words, fits) in NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be {words}")
         decay = self.lr_decay_iters or self.train_iters
         refused = {
             "give one of --model (weights to start from) and --init-from (config.json for random ones)": (
@@ -103,10 +127,8 @@ class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, Lor
             ),
             f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters}: more than the {decay - self.lr_warmup_iters} steps after "
             "--lr-warmup-iters": (self.lr_wsd_decay_iters or 0) > decay - self.lr_warmup_iters,
-            f"--lr {self.lr}: must be above 0": not self.lr > 0,
-            f"--mtp-loss-weight {self.mtp_loss_weight}: must be 0 or more": not self.mtp_loss_weight >= 0,
-            f"--etp {self.etp}: above --tp {self.tp}, experts do not train as in one process (loss off by 1e-2)": (
-                self.expert_tp > self.tp
+            f"--profile-steps {self.profile_steps}: the run ends with step {self.train_iters}": (
+                self.profiled().start > self.train_iters
             ),
             f"--mtp-loss-weight needs --recompute-unit 1, found {self.recompute_unit}": (
                 self.mtp_loss_weight > 0 and self.recompute_unit != 1
@@ -128,35 +150,30 @@ class TrainOptions(RecomputeOptions, MoeOptions, Fp8Options, OverlapOptions, Lor
         return self.seq_length, self.micro_batch_size
 
     @property
+    def data_cache(self) -> Path:
+        """Folder for what is made of the data once, and then read by every run."""
+        return self.data_cache_path or self.save / "data-cache"
+
+    @property
+    def tests(self) -> bool:
+        """Is there an evaluation after the last step?"""
+        return False
+
+    @property
     def log_path(self) -> Path:
         """Where the JSON-lines log goes."""
         return self.log or self.save / "log.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(TrainOptions):
-    """Train a language model on .bin/.idx data with megatron-core, on a CPU or on GPUs; run it under torchrun for more
-    than one process. It resumes by itself from --save, to the bit where the layout is the same."""
+class PretrainOptions(DataOptions, TrainOptions):
+    """Train a language model with megatron-core on .bin/.idx data, or straight from files of text, on a CPU or on GPUs;
+    run it under torchrun for more than one process. It resumes by itself from --save, to the bit where the layout is
+    the same."""
 
-    data_path: list[str] = opt(
-        "prefixes of .bin/.idx pairs, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...", nargs="+", metavar="PREFIX"
-    )
-    valid_data_path: list[str] = opt(
-        "prefixes, or a blend, to validate with; --data-path is then for training alone, and --split does not apply",
-        [],
-        nargs="+",
-        metavar="PREFIX",
-    )
-    split: Optional[str] = opt(
-        f"shares of --data-path for training, validation, test, by the order of documents (default: {SPLIT})", None
-    )
-    data_cache_path: Optional[Path] = opt("folder for data indices, if not SAVE/data-cache", None)
     eod_mask_loss: bool = opt("no loss on end-of-document tokens", False)
     reset_position_ids: bool = opt("positions start again after an end-of-document token", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.split is not None and self.valid_data_path:
-            raise ValueError(
-                "--split and --valid-data-path: give one; with the latter, all of --data-path is trained on"
-            )
+        self.refuse_data()

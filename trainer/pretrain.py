@@ -1,4 +1,4 @@
-"""mp-pretrain: train a language model on .bin/.idx data."""
+"""mp-pretrain: train a language model on .bin/.idx data, or straight from text."""
 
 import dataclasses
 import json
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from megapatch.models.device import Device
     from megapatch.models.family import HfConfig
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.trainer.checkpoint import Source
-    from megapatch.trainer.describe import Description
     from megapatch.trainer.loop import Trainer
-    from megapatch.trainer.metrics import Log
+    from megapatch.trainer.saving.checkpoint import Source
     from megapatch.trainer.session import Session
+    from megapatch.trainer.sizes.describe import Description
+    from megapatch.trainer.watching.metrics import Log
 
 log = logging.getLogger(__name__)
 EXAMPLES = """examples:
-  # random weights, one process
-  mp-pretrain --init-from model/config.json --tokenizer tokenizer --data-path data/corpus --save run \\
+  # random weights, one process, straight from text
+  mp-pretrain --init-from model/config.json --tokenizer tokenizer --data text.jsonl --save run \\
       --train-iters 100 --global-batch-size 8 --seq-length 256
   # from a Hugging Face folder, two-way tensor parallel, options from a file and one override
   torchrun --nproc-per-node 2 --no-python mp-pretrain @train.args --model qwen3 --tp 2 --sequence-parallel --lr 1e-4
@@ -46,10 +46,10 @@ def train(options: TrainOptions, kind: "Kind") -> None:
 
     signals.listen()
     from megapatch.models import device, parallel
-    from megapatch.trainer import disk, locks
-    from megapatch.trainer.overlap import connections
+    from megapatch.trainer.layout.overlap import connections
     from megapatch.trainer.ranks import first, naming_lost_peers, told_once_per_node
-    from megapatch.trainer.watchdog import watching
+    from megapatch.trainer.saving import disk, locks
+    from megapatch.trainer.watching.watchdog import watching
 
     queues, why = connections(options)
     with told_once_per_node():
@@ -74,9 +74,9 @@ def train(options: TrainOptions, kind: "Kind") -> None:
             with watching(options):
                 trainer.run()
             records.close()
+        locks.release(options.save)  # where the run fails, with the process: a thread of it may still write
     finally:
         parallel.stop()
-        locks.release(options.save)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +95,13 @@ class Plan:
     hf: "HfConfig"
     tokenizer: "Tokenizer"
     resumed: Path | None  # the checkpoint to continue from
-    done: bool  # that checkpoint is the last one
+    done: bool  # that checkpoint is the last one, and nothing is left to do
     data_parallel_size: int
     count: int  # micro-batches per step of each data-parallel rank
 
     def describe(self, options: TrainOptions) -> "Description":
         """What the run will be."""
-        from megapatch.trainer.describe import describe
+        from megapatch.trainer.sizes.describe import describe
 
         return describe(options, self.hf, self.count)
 
@@ -110,8 +110,10 @@ def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     """Read what the options name, and refuse what does not fit (UserError); joins no process group."""
     from megapatch.models import core_files, family
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.trainer import checkpoint, data
-    from megapatch.trainer.describe import processes
+    from megapatch.trainer import final_test
+    from megapatch.trainer.data import gpt_data
+    from megapatch.trainer.saving import checkpoint
+    from megapatch.trainer.sizes.describe import processes
 
     kind = kind or PRETRAINING
     resumed = checkpoint.newest(options.save)
@@ -126,16 +128,20 @@ def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     options.check_model(family.find(hf).transformer_config(hf))
     kind.check(options, tokenizer, family.vocab_size(hf))
     size = options.data_parallel_size(processes(options))
-    count = data.num_micro_batches(options, size)
-    return Plan(source, hf, tokenizer, resumed, isinstance(step, int) and step >= options.train_iters, size, count)
+    count = gpt_data.num_micro_batches(options, size)
+    done = isinstance(step, int) and step >= options.train_iters and final_test.done(options)
+    return Plan(source, hf, tokenizer, resumed, done, size, count)
 
 
 def prepare(options: TrainOptions, device: "Device", plan: Plan, kind: Kind | None = None) -> "tuple[Trainer, Log]":
     """Build everything up to the first step (every rank must call)."""
-    from megapatch.trainer import checkpoint, session
+    from megapatch.models import parallel
+    from megapatch.trainer import session
+    from megapatch.trainer.saving import checkpoint
 
-    run_state = session.start(options, device, plan.hf, load=plan.resumed is None)
+    parallel.start(options, device, timeout_s=options.timeout_s)
     checkpoint.claim(options.save, plan.resumed)
+    run_state = session.start(options, device, plan.hf, load=plan.resumed is None)
     if plan.resumed is not None:
         checkpoint.resume(run_state, plan.resumed)
         log.info("resuming from %s", plan.resumed)
@@ -145,9 +151,9 @@ def prepare(options: TrainOptions, device: "Device", plan: Plan, kind: Kind | No
 
 
 def _check(options: PretrainOptions, tokenizer: "Tokenizer", vocab_size: int) -> None:
-    from megapatch.trainer import data
+    from megapatch.trainer.data import gpt_data
 
-    data.check_data(options, tokenizer, vocab_size)
+    gpt_data.check_data(options, tokenizer, vocab_size)
 
 
 def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
@@ -155,28 +161,39 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
 
     from megapatch.models import family
     from megapatch.models.layers.spec import mixture_layers
-    from megapatch.trainer import data
-    from megapatch.trainer.flops import flops_per_token
+    from megapatch.trainer.data import gpt_data
+    from megapatch.trainer.data.sample_places import Samples, in_corpus, sources
+    from megapatch.trainer.data.sources import BySource
     from megapatch.trainer.loop import Trainer
-    from megapatch.trainer.sample_places import Samples, in_corpus
+    from megapatch.trainer.saving import checkpoint
+    from megapatch.trainer.sizes.flops import flops_per_token
+    from megapatch.trainer.tuning.adapters import num_trained
 
     options, vocab_size = session.options, family.vocab_size(session.hf)
     assert isinstance(options, PretrainOptions)
-    dataset, valid = data.build_datasets(options, plan.tokenizer)
-    train = Samples(dataset, in_corpus)
-    batches = partial(data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)
-    mixtures = sum(mixture_layers(session.config))
+    dataset, valid, test = gpt_data.build_datasets(options, plan.tokenizer, session.num_samples)
+    checkpoint.reads(session, sources(dataset))
+    train = Samples(dataset, in_corpus, remember=options.log_sample_ids)
+    batches = partial(gpt_data.micro_batches, options=options, vocab_size=vocab_size, device=session.device.torch)
+    trained = BySource(sources(dataset), session.device.torch)
+    validated, tested = (
+        BySource(sources(dataset if held is None else held), session.device.torch) for held in (valid, test)
+    )
+    sizes = (options.seq_length, sum(mixture_layers(session.config)), num_trained(session.hf, options))
     trainer = Trainer(
         session,
         records=records,
         source=plan.source,
         num_micro_batches=plan.count,
-        flops_per_token=flops_per_token(session.config, vocab_size, options.seq_length, mixtures),
-        train=lambda start: partial(batches, train, first=start),
-        valid=lambda step: partial(batches, valid, first=step * options.global_batch_size),
+        flops_per_token=flops_per_token(session.config, vocab_size, *sizes),
+        train=lambda start: partial(batches, train, first=start, losses=trained),
+        valid=lambda step: partial(batches, valid, first=step * options.global_batch_size, losses=validated),
         eval_steps=options.eval_iters if valid is not None else 0,
     )
-    trainer.samples = train
+    trainer.samples, trainer.trained, trainer.validated = train, trained, validated
+    if test is not None:
+        trainer.tested = tested
+        trainer.test = lambda step: partial(batches, test, first=step * options.global_batch_size, losses=tested)
     return trainer
 
 
@@ -185,7 +202,7 @@ PRETRAINING = Kind(_check, _trainer)
 
 def _show(described: "Description", plan: Plan, device: "Device") -> None:
     """--dry-run: JSON to stdout, a table to stderr."""
-    from megapatch.trainer.describe import as_json, as_table
+    from megapatch.trainer.sizes.describe import as_json, as_table
 
     found = as_json(described, plan.resumed)
     if described.options.dry_run_rank is not None:
@@ -197,7 +214,7 @@ def _show(described: "Description", plan: Plan, device: "Device") -> None:
 def _built(described: "Description", device: "Device") -> dict[str, int]:
     """The part of --dry-run-rank, built without memory."""
     from megapatch.models.build import ModelOptions
-    from megapatch.trainer.without_memory import parameters
+    from megapatch.trainer.sizes.without_memory import parameters
 
     options, rank = described.options, described.options.dry_run_rank
     assert rank is not None
@@ -212,9 +229,9 @@ def _open_log(options: TrainOptions) -> "Log":
     """The log of this process: rank 0 writes, the others are silent."""
     import torch.distributed as dist
 
-    from megapatch.trainer.describe import resolved
-    from megapatch.trainer.metrics import JsonLines, Log, Sink, TensorBoard, WeightsAndBiases
     from megapatch.trainer.ranks import together
+    from megapatch.trainer.sizes.describe import resolved
+    from megapatch.trainer.watching.metrics import JsonLines, Log, Sink, TensorBoard, WeightsAndBiases
 
     sinks: list[Sink] = []
     with together():
@@ -230,9 +247,10 @@ def _open_log(options: TrainOptions) -> "Log":
 def _record_start(session: "Session", records: "Log", plan: Plan) -> None:
     import torch.distributed as dist
 
-    from megapatch.trainer.describe import resolved
+    from megapatch.trainer.sizes.describe import resolved
 
-    log.info(f"{session.num_parameters:,} parameters on {dist.get_world_size()} processes")
+    world = dist.get_world_size()
+    log.info("%s parameters on %d process%s", f"{session.num_parameters:,}", world, "es" * (world > 1))
     if plan.resumed:
         records.write("resume", step=session.step, consumed_samples=session.consumed_samples)
     records.write(
@@ -240,6 +258,7 @@ def _record_start(session: "Session", records: "Log", plan: Plan) -> None:
         config=resolved(session.options),
         world_size=dist.get_world_size(),
         parameters=session.num_parameters,
+        trained_parameters=session.num_saved,
         resumed_from=session.step if plan.resumed else None,
     )
 

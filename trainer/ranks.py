@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from megapatch.models.cli import FAILED, USER_ERRNOS, UserError, tell_torchrun
-from megapatch.trainer import disk, signals
+from megapatch.trainer import signals
+from megapatch.trainer.saving import disk
 
 
 def first() -> bool:

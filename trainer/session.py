@@ -13,18 +13,23 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megapatch.models import core_files, parallel
+from megapatch.models import core_files
 from megapatch.models.build import DTYPES, ModelOptions, build
 from megapatch.models.cli import UserError
 from megapatch.models.device import Device, seed_everything
 from megapatch.models.family import HfConfig, find
 from megapatch.models.held import plain
 from megapatch.models.layers import backends, spec
-from megapatch.models.load import load_weights
+from megapatch.models.load import load_weights, unwrapped
 from megapatch.models.shapes import num_parameters
-from megapatch.trainer import adapters, experts, optimizer_state
+from megapatch.trainer.layout import experts
+from megapatch.trainer.offload import activations, offloading
+from megapatch.trainer.offload.held_memory import HeldPeak
+from megapatch.trainer.offload.parts import without_masters
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import first, together, warn
+from megapatch.trainer.saving import optimizer_state
+from megapatch.trainer.tuning import adapters
 
 log = logging.getLogger(__name__)
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}  # ours: megatron-core's
@@ -44,12 +49,21 @@ class Session:
     step: int = 0  # optimizer steps done
     consumed_samples: int = 0
     updates: int = 0  # steps that changed the parameters: the others had numbers that are not finite
+    data: str = ""  # a name for the content of what is trained on
     base: adapters.Base | None = None  # with --lora-rank: the weights that the adapters are for
+    aside: activations.Offload | None = None  # with --offload-activations
+    held: HeldPeak | None = None  # on a CPU with something in host memory
+    away: offloading.Offloading | None = None  # with --offload-optimizer
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, a tied embedding counted once."""
         return num_parameters(self.hf if self.config.mtp_num_layers else plain(self.hf))
+
+    @property
+    def num_samples(self) -> int:
+        """Samples from the first step to the last, where earlier steps may have had another --global-batch-size."""
+        return self.consumed_samples + (self.options.train_iters - self.step) * self.options.global_batch_size
 
     @property
     def num_saved(self) -> int:
@@ -63,8 +77,7 @@ class Session:
 
 
 def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) -> Session:
-    """Join the process groups and build the run; with ``load`` or adapters, with the weights of --model."""
-    parallel.start(options, device, timeout_s=options.timeout_s)
+    """Build the run in the process groups that are there; with ``load`` or adapters, with the weights of --model."""
     experts.forget()
     seed_everything(options.seed, parallel_state.get_pipeline_model_parallel_rank())
     layers = replace(device, transformer_engine=False) if options.lora else device  # adapters go beside core's own
@@ -78,12 +91,30 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
     _tell_attention(backends.choose(models[0].config, models, layers))
     config: TransformerConfig = models[0].config
     chunks = [_wrap(options, config, model, first=i == 0) for i, model in enumerate(models)]
-    optimizer = get_megatron_optimizer(
-        optimizer_config(options), chunks, get_standard_config_overrides(optimizer_config(options))
-    )
+    settings = optimizer_config(options)
+    make = without_masters if options.offload_optimizer else get_megatron_optimizer
+    optimizer = make(settings, chunks, get_standard_config_overrides(settings))
+    away = offloading.start(options, device, optimizer, chunks) if options.offload_optimizer else None
     optimizer_state.allocate(optimizer)
     _connect(config, chunks, optimizer, options)
-    return Session(options, device, hf, config, chunks, optimizer, _schedule(options, optimizer), base=base)
+    aside = activations.start(options, device, models)  # when the weights are where they stay
+    schedule = _schedule(options, optimizer)
+    held = _held(models, aside, away) if device.kind == "cpu" and (aside or away) else None
+    return Session(
+        options, device, hf, config, chunks, optimizer, schedule, base=base, aside=aside, held=held, away=away
+    )
+
+
+def _held(
+    models: list[torch.nn.Module], aside: activations.Offload | None, away: offloading.Offloading | None
+) -> HeldPeak:
+    """Have the layers tell how much the device, of which a CPU does the work, would hold."""
+    arenas = [aside.link.pool] if aside else []
+    found = HeldPeak(lambda: sum(pool.held_bytes for pool in arenas) + (away.host_bytes if away else 0))
+    found.watch([layer for model in models for layer in unwrapped(model).decoder.layers])
+    if aside:
+        aside.fetched = found.note
+    return found
 
 
 def _tell_attention(choice: backends.Choice) -> None:

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 from megapatch.models.cli import run
 from megapatch.trainer.pretrain import Kind, Plan, train
-from megapatch.trainer.sft_options import SftOptions
+from megapatch.trainer.tuning.sft_options import SftOptions
 
 if TYPE_CHECKING:
     from megapatch.models.tokenizer import Tokenizer
     from megapatch.trainer.loop import Trainer
-    from megapatch.trainer.metrics import Log
     from megapatch.trainer.session import Session
+    from megapatch.trainer.watching.metrics import Log
 
 EXAMPLES = """examples:
   # straight from JSON lines of messages (or instruction, input, output), one process
@@ -34,13 +34,13 @@ def sft(options: SftOptions) -> None:
 
 
 def _check(options: SftOptions, tokenizer: "Tokenizer", vocab_size: int) -> None:
-    from megapatch.trainer import sft_data
+    from megapatch.trainer.tuning import sft_data
 
     sft_data.check_data(options, tokenizer, vocab_size)
 
 
 def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
-    from megapatch.trainer.sft_loop import make_trainer
+    from megapatch.trainer.tuning.sft_loop import make_trainer
 
     return make_trainer(session, records, plan)
 

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
-from megapatch.trainer import experts
+from megapatch.trainer.layout import experts
 from megapatch.trainer.session import Session
 
 Batches = Callable[[], Iterator[dict[str, Any]]]  # a fresh iterator over this rank's micro-batches
@@ -54,10 +54,10 @@ def forward(batches: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[
     """megatron-core's forward step: the model's token losses, and the function that reduces them."""
     batch = next(batches)
     more = {"packed_seq_params": batch["packed"]} if "packed" in batch else {}
-    output = model(  # the mask is for layers of multi-token prediction
-        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"], **more
-    )
-    return output, partial(_loss, batch["loss_mask"], **batch.get("weighing", {}))
+    mask, weighing = batch["loss_mask"], batch.get("weighing", {})
+    further = mask * weighing.get("scale", 1.0)  # megatron-core adds losses of multi-token prediction, so weighed
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=further, **more)
+    return output, partial(_loss, mask, **weighing)
 
 
 def run_batches(session: Session, batches: Batches, count: int, *, train: bool) -> tuple[float, float]:
@@ -95,6 +95,12 @@ def train_step(session: Session, batches: Batches, count: int) -> StepResult:
         experts.undo_bias(session.models)
     extra = experts.losses(session.config, session.step, count)
     extra |= experts.load(session.config, session.models, session.device.torch)
+    if session.aside:
+        extra |= session.aside.most(session.device.torch)
+    if session.held:
+        extra |= session.held.measures()
+    if session.away:
+        extra |= session.away.measures()
     return StepResult(loss, norm, round(tokens), extra | _prediction_losses(session, count))
 
 
@@ -116,7 +122,10 @@ def update(session: Session) -> float | None:
 
 
 def _prediction_losses(session: Session, count: int) -> dict[str, float]:
-    """Loss of each layer that predicts later tokens, averaged over micro-batches and ranks; empty without them."""
+    """Loss of each layer that predicts later tokens, averaged over micro-batches and ranks; empty without them.
+
+    Left out where a rank's micro-batch has no such token: megatron-core divides by their number.
+    """
     layers = session.config.mtp_num_layers or 0
     if not layers:
         return {}
@@ -124,7 +133,8 @@ def _prediction_losses(session: Session, count: int) -> dict[str, float]:
     sums = tracker.pop("values", torch.zeros(layers, device=session.device.torch))
     torch.distributed.all_reduce(sums)
     ranks = torch.distributed.get_world_size() // session.options.pp
-    return {f"mtp_{n}_loss": float(total) / ranks / count for n, total in enumerate(sums, 1)}
+    means = {f"mtp_{n}_loss": float(total) / ranks / count for n, total in enumerate(sums, 1)}
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
 
 @torch.no_grad()

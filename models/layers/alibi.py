@@ -36,6 +36,8 @@ def slopes(heads: int) -> list[float]:
 class AlibiAttention(SdpaAttention):
     """softmax(q k^T * scale + slope * place of the key) v."""
 
+    extra = _EXTRA
+
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         heads, size = config.num_attention_heads, config.tensor_model_parallel_size

@@ -24,6 +24,7 @@ from torch import Tensor
 from megapatch.models import device
 
 _BLOCK = 128  # queries of a window attended at once, at least
+_PAST_BLOCK = 512  # queries with a past attended at once: each has a row of a mask
 
 
 def flash_function() -> Callable[..., Tensor] | None:
@@ -61,15 +62,26 @@ def visible_keys(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (queries - keys < window)
 
 
-def blocks(length: int, window: int | None, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """Queries, the keys that these see, and which of them see which; None: causal. The queries are all in order."""
-    if window is None or length <= window:
+def blocks(
+    length: int, window: int | None, device: torch.device, past: int = 0
+) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Queries, the keys that these see, and which of them see which; None: causal. The queries are all in order.
+
+    ``past`` keys come before the first query's own.
+    """
+    if not past and (window is None or length <= window):
         yield slice(length), slice(length), None
         return
-    places, size = torch.arange(length, device=device), max(window, _BLOCK)
+    size = max(window or _PAST_BLOCK, _BLOCK)
     for start in range(0, length, size):
-        queries, keys = slice(start, start + size), slice(max(0, start - window + 1), start + size)
-        yield queries, keys, visible_keys(places[queries, None], places[keys], window)
+        end = min(start + size, length)
+        first = 0 if window is None else max(0, past + start - window + 1)
+        places = torch.arange(first, past + end, device=device)
+        yield (
+            slice(start, end),
+            slice(first, past + end),
+            visible_keys(places[past + start - first :, None], places, window),
+        )
 
 
 class SdpaAttention(MegatronModule):

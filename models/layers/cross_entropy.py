@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-_NUMBERS = 1 << 20  # of logits at a time: their copy in fp32 stays in a core's cache
+# Logits at a time. A CPU: their copy in fp32 stays in a core's cache. Else: few calls, 512 MiB for the copy.
+_CPU_NUMBERS, _NUMBERS = 1 << 20, 1 << 27
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -24,37 +25,48 @@ class _CrossEntropy(torch.autograd.Function):
         here = labels - group.rank() * logits.shape[1]  # column of this process, where it is one
         mine = (here >= 0) & (here < logits.shape[1])
         here = here.clamp(0, logits.shape[1] - 1)[:, None]
-        most = logits.amax(-1).float()
-        _over(group, most, dist.ReduceOp.MAX)
-        sums = torch.zeros(2, len(labels), device=logits.device)  # of exponentials; the label's logit
-        for rows in _blocks(logits):
-            part = logits[rows].float() - most[rows, None]
-            sums[1, rows] = part.gather(1, here[rows])[:, 0] * mine[rows]
-            sums[0, rows] = part.exp_().sum(-1)
-        _over(group, sums, dist.ReduceOp.SUM)
-        log_sum = sums[0].log()
-        ctx.save_for_backward(logits, here, mine, most + log_sum)
-        return log_sum - sums[1]
+        losses, log_sum = _whole(logits, here) if group.size() == 1 else _cut(logits, here, mine, group)
+        ctx.save_for_backward(logits, here, mine, log_sum)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits, here, mine, log_sum = ctx.saved_tensors
         for rows in _blocks(logits):
-            part = (logits[rows].float() - log_sum[rows, None]).exp_()
-            part.scatter_add_(1, here[rows], -mine[rows, None].float())
-            logits[rows] = part.mul_(grads[0][rows, None])
+            place = logits[rows]
+            part = torch.sub(place, log_sum[rows, None], out=place if logits.dtype == torch.float32 else None)
+            part.exp_().scatter_add_(1, here[rows], -mine[rows, None].float())
+            torch.mul(part, grads[0][rows, None], out=place)
         return logits, None, None
+
+
+def _whole(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [t, v], labels [t, 1] -> losses and logarithms of the sums of exponentials, [t] in fp32."""
+    losses = torch.empty(len(labels), device=logits.device)
+    for rows in _blocks(logits):
+        losses[rows] = -torch.log_softmax(logits[rows], -1, dtype=torch.float32).gather(1, labels[rows])[:, 0]
+    return losses, losses + logits.gather(1, labels)[:, 0]
+
+
+def _cut(logits: Tensor, labels: Tensor, mine: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """As ``_whole`` over the processes' columns [t, v/tp]; ``mine``, where the label is one of this process."""
+    most = logits.amax(-1).float()
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    sums = torch.zeros(2, len(labels), device=logits.device)  # of exponentials; the label's logit
+    for rows in _blocks(logits):
+        part = logits[rows].float() - most[rows, None]
+        sums[1, rows] = part.gather(1, labels[rows])[:, 0] * mine[rows]
+        sums[0, rows] = part.exp_().sum(-1)
+    dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
+    log_sum = sums[0].log()
+    return log_sum - sums[1], most + log_sum
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Rows of [t, v], a few at a time."""
-    size = max(1, _NUMBERS // logits.shape[1])
+    numbers = _CPU_NUMBERS if logits.device.type == "cpu" else _NUMBERS
+    size = max(1, numbers // logits.shape[1])
     yield from (slice(start, start + size) for start in range(0, logits.shape[0], size))
-
-
-def _over(group: dist.ProcessGroup, x: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-    if group.size() > 1:
-        dist.all_reduce(x, op=operation, group=group)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:

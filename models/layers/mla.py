@@ -9,7 +9,7 @@ Shape letters: s sequence, b batch, n query heads of this process, c size of the
 r rotated part of a key, w a head's value.
 """
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from megapatch.models.layers import spec
 from megapatch.models.layers.attention import SdpaAttention, bounds_of
-from megapatch.models.layers.kv_cache import KeyValueCache
+from megapatch.models.layers.kv_cache import Kept, KeyValueCache
 from megapatch.models.layers.norm import RMSNorm
 
 LATENT_NORMS = {  # our modules -> the checkpoint's names, those of Transformer Engine
@@ -121,20 +121,32 @@ class LatentAttention(MLASelfAttention):
         """[s, b, h] -> [s, b, h] and the bias to add; with a cache, b is 1 and s are tokens of several sequences."""
         if inference_context is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        table, scale = self._table(inference_context.max_sequence_length, packed=False)
-        angles = inference_context.rotary(table)
-        query, (latent, rotated) = self._query(hidden_states), self._latent(hidden_states)
-        query, rotated = self._rotate(query, angles, scale), self._rotate(rotated, angles, scale)
-        latent = self.kv_layernorm(latent)[:, :, None]  # [s, 1, 1, c]
-        config, heads = self.config, self.num_attention_heads_per_partition
-        weight = self.linear_kv_up_proj.weight.view(heads, -1, config.kv_lora_rank)  # [n, p+w, c]
+        query, both = self._query(hidden_states), self._whole(self.linear_kv_down_proj, hidden_states)
+        out = self.attend_latent(query[:, 0], both[:, 0], inference_context)
+        return self.linear_proj(out[:, None])
+
+    def attend_latent(self, query: Tensor, both: Tensor, cache: KeyValueCache) -> Tensor:
+        """q [t, n, p+r], latent vectors and parts to be rotated [t, c+r] -> [t, n*w]; what is new is remembered."""
+        config, count = self.config, cache.num_tokens
+        table, scale = self._table(cache.max_sequence_length, packed=False)
+        latent, rotated = both[:, None, None].split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
+        query, rotated = (self._rotate(x, cache.rotary(table), scale)[:, 0] for x in (query[:, None], rotated))
+        latent = self.kv_layernorm(latent[:, 0])  # [t, 1, c]
+        weight = self.linear_kv_up_proj.weight.view(query.shape[1], -1, config.kv_lora_rank)  # [n, p+w, c]
         of_keys, of_values = weight.split([config.qk_head_dim, config.v_head_dim], dim=1)
         part, turned = query.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
-        query = torch.cat([torch.einsum("sbnp,npc->sbnc", part, of_keys), turned], dim=-1)
+        query = torch.cat([torch.einsum("tnp,npc->tnc", part, of_keys), turned], dim=-1)
         key = torch.cat([latent, rotated], dim=-1)
-        out = inference_context.attend(self.layer_number, query, key, latent, self.softmax_scale)  # [s, 1, n*c]
-        out = torch.einsum("sbnc,nwc->sbnw", out.view(*out.shape[:2], heads, -1), of_values)
-        return self.linear_proj(out.flatten(2))
+        out = cache.attend_tokens(self.kept, query[:count], key[:count], None, self.softmax_scale)  # [t, n*c]
+        out = torch.einsum("tnc,nwc->tnw", out.unflatten(-1, (query.shape[1], -1)), of_values)
+        return F.pad(out.flatten(1), (0, 0, 0, len(query) - count))
+
+    @cached_property
+    def kept(self) -> Kept:
+        """What a KeyValueCache remembers of a token: its latent vector, the values too, and the rotated part."""
+        config = self.config
+        size = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        return Kept(self.layer_number, 1, size, config.kv_lora_rank, shared=True)
 
     def _query(self, hidden: Tensor) -> Tensor:
         """[s/tp, b, h] -> [s, b, n, p+r]"""

@@ -34,7 +34,7 @@ class Router(TopKRouter):
         self, activation: Tensor, *args: Any, valid_token_count: Any = None, **kwargs: Any
     ) -> Tensor:
         """As upstream, with the right number of tokens."""
-        whole = activation.shape[0] * self.tp_cp_group.size()  # no tokens are padding here
+        whole = activation.shape[0] * self.tp_cp_group.size()  # what pads a row is routed too
         return super().attach_and_log_load_balancing_loss(activation, *args, valid_token_count=whole, **kwargs)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:

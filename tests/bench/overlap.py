@@ -26,7 +26,8 @@ device.start("cpu")  # before megatron-core is imported
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
-from megapatch.trainer import optimizer_state, session  # noqa: E402
+from megapatch.trainer import session  # noqa: E402
+from megapatch.trainer.saving import optimizer_state  # noqa: E402
 
 WAYS = {  # name: mp-pretrain's flags
     "all-reduce, serial": "",

@@ -14,6 +14,7 @@ from megapatch.models import core_files, hf_files
 from megapatch.models.cli import Common, UserError, opt, run
 from megapatch.models.commit import verify
 from megapatch.models.parallel import Parallel
+from megapatch.models.splits import ENDS
 from megapatch.tools.convert import lora, to_core, to_hf, to_legacy
 from megapatch.tools.convert.compare import compare
 from megapatch.tools.convert.from_core import CoreSource
@@ -80,6 +81,8 @@ class Options(Common):
     tp: Optional[int] = _parallel("tp")
     pp: Optional[int] = _parallel("pp")
     vpp: Optional[int] = _parallel("vpp")
+    decoder_first_pipeline_num_layers: Optional[int] = _parallel("decoder_first_pipeline_num_layers")
+    decoder_last_pipeline_num_layers: Optional[int] = _parallel("decoder_last_pipeline_num_layers")
     ep: Optional[int] = _parallel("ep")
     etp: Optional[int] = _parallel("etp")
     make_vocab_size_divisible_by: Optional[int] = opt(
@@ -139,7 +142,7 @@ class Options(Common):
 
 
 _FOLDERS = ("hf", "peft")  # targets without a tracker
-_SIZES = ("tp", "pp", "vpp", "ep", "etp")
+_SIZES = ("tp", "pp", "vpp", "ep", "etp", *ENDS)
 _ONLY = {  # option -> the targets for which it can take effect
     **dict.fromkeys((*_SIZES, "experts"), ("legacy",)),
     "chunk": ("core",),
@@ -153,7 +156,7 @@ def _layout(given: Mapping[str, int | None]) -> Parallel:
     sizes: dict[str, Any] = {name: size for name, size in given.items() if size is not None}
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"--{name} {size}: must be at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} {size}: must be at least 1")
     return Parallel(**sizes, sequence_parallel=sizes.get("tp", 1) > 1)
 
 

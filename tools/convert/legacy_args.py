@@ -49,7 +49,10 @@ def _rope(hf: HfConfig) -> dict[str, Any]:
 
 def _layout(hf: HfConfig, ranks: Ranks, spec: str, experts: str) -> dict[str, Any]:
     stages = ranks.stages
+    first, last = stages.ends or (None, None)
     return {
+        "decoder_first_pipeline_num_layers": first,
+        "decoder_last_pipeline_num_layers": last,
         "tensor_model_parallel_size": ranks.tp,
         "pipeline_model_parallel_size": stages.pp,
         "virtual_pipeline_model_parallel_size": stages.vpp if stages.vpp > 1 else None,

@@ -77,10 +77,8 @@ def ranks_of(hf: HfConfig, layout: Parallel, divisible_by: int, spec: str) -> Ra
         layout.tp,
         layout.ep,
         layout.expert_tp,
-        Stages.even(
-            fields["num_layers"],
-            layout.pp,
-            layout.vpp or 1,
+        Stages(
+            layout.stage_layers(fields["num_layers"]),
             copied=tied_embeddings(hf),
             predicts=bool(fields.get("mtp_num_layers")),
         ),

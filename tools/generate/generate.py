@@ -2,89 +2,96 @@
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from megapatch.models import family, parallel
 from megapatch.models.cli import UserError, opt, run
-from megapatch.models.parallel import Parallel
+from megapatch.tools.generate.options import Choosing, Templating
 
 log = logging.getLogger("megapatch.tools.generate")
 EXAMPLES = """examples:
   mp-generate --model Qwen3-0.6B --prompt 'The capital of France is' --max-new-tokens 20
-  cut -f2 questions.tsv | mp-generate --model run --input - --format text --temperature 0.7 --top-p 0.9 | jq -r .text
+  mp-generate --model run --chat --temperature 0.7 --top-p 0.9
+  cut -f2 questions.tsv | mp-generate --model run --input - --format text --as-chat --n 4 --temperature 1 | jq -r .text
+  mp-generate --model run --input batch.jsonl --output answers.jsonl --resume --on-bad-line skip
   torchrun --nproc-per-node 2 --no-python mp-generate --tp 2 --model run/iter_0000100 --input a.jsonl --output b.jsonl
-input, JSON lines: {"prompt": "..."} or {"prompt_token_ids": [1, 2]}, with optional id, max_new_tokens, temperature,
-  top_k, top_p, seed, stop, stop_token_ids; what a line says goes before the options
-output, JSON lines: id, index, prompt, text, token_ids, finish_reason (stop or length), logprobs, usage"""
+input, JSON lines: {"prompt": "..."}, {"prompt_token_ids": [1, 2]} or {"messages": [{"role": "user", "content": "..."}]}
+  with optional id, tools, logprobs, stop, stop_token_ids, logit_bias, max_new_tokens, min_new_tokens, temperature,
+  top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed, n, top_logprobs, prompt_logprobs;
+  what a line says goes before the options. Or an OpenAI batch: {"custom_id": "...", "method": "POST", "url":
+  "/v1/chat/completions", "body": {"messages": [...], "max_tokens": 20}}, with the output in that format, too
+output, JSON lines: id, index, sample (with --n), prompt, text, token_ids, finish_reason (stop or length), stop (what
+  ended it), logprobs, top_logprobs, prompt_logprobs, usage, timings; docs/generation.md has all of it
+exit status: 0 every good line has its row; 1 an error, told in one line; 2 wrong usage; 130 interrupted"""
+_CHAT_LENGTH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Parallel):
-    """Continue prompts, several at a time, and write one JSON object for each, in input order.
+class Options(Choosing, Templating):
+    """Continue prompts, several at a time, and write one JSON object for each.
 
     In fp32, what is sampled depends on the model, the prompt, its id and the seed alone: not on the batch size, the
     order of the prompts or the layout. Start as many processes as the layout needs; they share all prompts.
     """
 
-    model: Path = opt("Hugging Face folder, core checkpoint, or root of core checkpoints (its newest)", metavar="DIR")
-    tokenizer: Optional[Path] = opt("folder with the tokenizer (default: the model's own)", None, metavar="DIR")
     prompt: list[str] = opt("a prompt; may be repeated", [], nargs=1, repeat=True, metavar="TEXT")
     input: Optional[str] = opt("file of prompts, one a line; - is stdin", None, metavar="FILE")
-    format: Literal["auto", "jsonl", "text"] = opt(
-        "what a line of --input is; auto: by the file's suffix, else jsonl if the first line starts with {", "auto"
+    chat: bool = opt("talk with the model in this terminal; /help lists the commands", False)
+    format: Literal["auto", "jsonl", "text", "openai"] = opt(
+        "what a line of --input is; auto: text in .txt files and where the first line does not start with {, else JSON "
+        "lines, and an OpenAI batch where the first line has custom_id and body",
+        "auto",
     )
-    output: str = opt("file for the results; - is stdout", "-", metavar="FILE")
-    force: bool = opt("replace an --output that exists", False)
-    max_new_tokens: int = opt("most tokens to add to a prompt; also ends at max_position_embeddings of the model", 128)
-    temperature: float = opt("0: always the most probable token; 1: as the model says; between: less random", 0.0)
-    top_k: int = opt("draw from so many of the most probable tokens; 0: from all", 0)
-    top_p: float = opt("draw from the most probable tokens that reach this probability together", 1.0)
-    seed: int = opt("of the random numbers", 0)
-    stop: list[str] = opt(
-        "a string that ends the text and is cut off it; may be repeated", [], nargs=1, repeat=True, metavar="TEXT"
-    )
-    stop_token_id: list[int] = opt(
-        "a token that ends the text, besides the model's own; may be repeated", [], nargs=1, repeat=True, metavar="ID"
-    )
+    on_bad_line: Literal["fail", "skip"] = opt("skip: name a line that cannot be used, and go on without it", "fail")
+    as_chat: bool = opt("put each text prompt through the chat template, as what the user says", False)
+    system: Optional[str] = opt("system message for conversations that have none", None, metavar="TEXT")
     add_bos: bool = opt("start each text prompt as the tokenizer does: with bos, or [gMASK] sop", False)
-    batch_size: int = opt("prompts that are continued at the same time", 8)
+    output: str = opt("file for the results, FILE.partial until it is complete; - is stdout", "-", metavar="FILE")
+    order: Literal["input", "finished"] = opt("of the rows: that of the prompts, or each as it is finished", "input")
+    resume: bool = opt("go on with an interrupted --output: keep its rows, add those that it lacks", False)
+    force: bool = opt("replace an --output that exists", False)
     logprobs: bool = opt("also write the natural logarithm of each token's probability, before temperature", False)
+    timings: bool = opt("also write seconds from the start of a prompt to its first token and to its end", False)
+    context_length: Optional[int] = opt(
+        f"tokens of the longest prompt with its text (default: the model's; in --chat, at most {_CHAT_LENGTH})",
+        None,
+        metavar="TOKENS",
+    )
+    draft: Optional[Path] = opt(
+        "a smaller model with the same tokenizer that proposes tokens; the texts stay the same", None, metavar="DIR"
+    )
+    draft_tokens: int = opt("tokens that --draft proposes at a time", 4)
     engine: Literal["megapatch", "transformers"] = opt(
         "transformers: the reference, for a Hugging Face folder, greedy, one prompt at a time", "megapatch"
     )
-    precision: Literal["fp32", "bf16"] = opt("of weights and arithmetic", "fp32")
-    device: Literal["auto", "cpu", "gpu"] = opt("what to compute on", "auto")
-    trust_remote_code: bool = opt("run the tokenizer's own Python code, for folders without tokenizer.json", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.prompt) == bool(self.input):
-            raise ValueError("expected either --prompt TEXT or --input FILE")
-        if self.pp > 1 or self.cp > 1:
-            raise ValueError("generation runs with --pp 1 and --cp 1; use --tp to cut the model")
-        if self.engine == "transformers" and (self.tp > 1 or self.ep > 1 or self.logprobs):
+        if bool(self.prompt) + bool(self.input) + self.chat != 1:
+            raise ValueError("expected either --prompt TEXT or --input FILE, or --chat")
+        if self.engine == "transformers" and (self.tp > 1 or self.pp > 1 or self.ep > 1 or self.logprobs):
             raise ValueError("--engine transformers runs in one process, without --logprobs")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size {self.batch_size}: must be at least 1")
-        self.sampling(())
-
-    def sampling(self, stop_ids: Sequence[int]) -> Any:
-        """These options for the engine (ValueError when they contradict each other)."""
-        from megapatch.models.request import Sampling
-
-        return Sampling(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=tuple(self.stop),
-            stop_token_ids=(*stop_ids, *self.stop_token_id),
-        )
+        refused = {
+            "--resume needs --output FILE": self.resume and self.output == "-",
+            "--resume and --force contradict each other": self.resume and self.force,
+            "--chat writes to the terminal: leave out --output": self.chat and self.output != "-",
+            "--chat gives one answer a turn: leave out --n": self.chat and self.n > 1,
+            "--chat runs on --engine megapatch": self.chat and self.engine != "megapatch",
+            "--draft goes with --engine megapatch": self.draft is not None and self.engine != "megapatch",
+            f"--draft-tokens {self.draft_tokens}: must be at least 1": self.draft_tokens < 1,
+            "--system goes with --chat, --as-chat or messages of --input": (
+                self.system is not None and not (self.chat or self.as_chat or self.input)
+            ),
+            f"--context-length {self.context_length}: must be at least 2": (
+                self.context_length is not None and self.context_length < 2
+            ),
+        }
+        for problem, found in refused.items():
+            if found:
+                raise ValueError(problem)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,127 +101,122 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate(options: Options) -> None:
     """Read and check all prompts, load the model, generate."""
-    from megapatch.models import core_files, hf_files
-    from megapatch.models.tokenizer import Tokenizer
-    from megapatch.tools.generate.results import refuse_existing
+    from megapatch.tools.generate import loading
 
-    core = core_files.resolve(options.model) if core_files.is_core(options.model) else None
-    hf = core_files.hf_config(core) if core else hf_files.config(options.model)
-    for name, value in (("vocab_size", family.vocab_size(hf)), ("max_positions", family.max_positions(hf) or 0)):
-        if not isinstance(value, int):
-            raise UserError(f"{options.model}: config.json: {name} is {value!r}; expected an integer")
-    tokenizer = Tokenizer(options.tokenizer or core or options.model, trust_remote_code=options.trust_remote_code)
-    _check(options, tokenizer, hf, core is not None)
-    prompts = None
-    if os.environ.get("RANK", "0") == "0":  # only the first process reads stdin and writes
-        refuse_existing(options.output, options.force)
-        prompts = _read(options, tokenizer, hf)
+    source = loading.find(options)
+    _check(options, source)
+    if options.chat:
+        from megapatch.tools.generate.talk import talk
 
-    from megapatch.models import device
-
-    found = device.start(options.device)
-    log.info("device: %s, %s (%s)", found.kind, found.backend, found.reason)
-    try:
-        parallel.start(options, found)
-        _run(options, hf, tokenizer, _shared(prompts), found)
-    finally:
-        parallel.stop()
+        talk(options, source, _reader(options, source, _CHAT_LENGTH))
+        return
+    with ExitStack() as stack:
+        work, journal = None, None
+        if os.environ.get("RANK", "0") == "0":  # only the first process reads stdin and writes
+            work, journal = _planned(options, source, stack)
+        device = stack.enter_context(loading.processes(options))
+        work = loading.shared(work)
+        if not work:
+            log.info("every prompt has its row already")
+            return
+        _run(options, source, work, journal, device)
 
 
-def _check(options: Options, tokenizer: Any, hf: Any, is_core: bool) -> None:
-    """Refuse what cannot fit before anything is loaded."""
-    if is_core and options.engine == "transformers":
+def _check(options: Options, source: Any) -> None:
+    """Refuse what cannot work before anything is read."""
+    if source.core and options.engine == "transformers":
         raise UserError(
             f"--engine transformers: {options.model} is a core checkpoint; make a Hugging Face folder of it "
             "with mp-convert, or leave out --engine"
         )
-    vocab_size = family.vocab_size(hf)
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"{tokenizer.folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocab_size is "
-            f"{vocab_size}; give the --tokenizer that belongs to the model"
-        )
+    tokenizer = source.tokenizer
     if options.add_bos and not tokenizer.prefix_ids and tokenizer.bos_id is None:
         raise UserError(f"--add-bos: {tokenizer.folder} names no bos_token in tokenizer_config.json")
-    world, needed = parallel.world_size(), max(options.tp, options.expert_tp * options.ep)
-    if world != needed:
-        raise UserError(f"{world} processes, but this layout is for {needed}: start as many, or change --tp and --ep")
+    if options.context_length and options.context_length > source.max_length:
+        raise UserError(f"--context-length {options.context_length}: the model takes {source.max_length} tokens in all")
 
 
-def _longest(hf: Any) -> int:
-    """Tokens of the longest sequence."""
-    return family.max_positions(hf) or sys.maxsize
-
-
-def _read(options: Options, tokenizer: Any, hf: Any) -> list[Any]:
+def _reader(options: Options, source: Any, most: int | None = None) -> Any:
+    from megapatch.tools.generate.loading import renderer
     from megapatch.tools.generate.prompts import Reader
 
-    reader = Reader(
-        tokenizer=tokenizer,
-        vocab_size=family.vocab_size(hf),
-        max_length=_longest(hf),
-        sampling=options.sampling(tokenizer.stop_ids),
+    made = renderer(options, source.tokenizer)
+    if isinstance(made, UserError) and (options.chat or options.as_chat):
+        raise made
+    longest = source.max_length if most is None else min(source.max_length, most)
+    return Reader(
+        tokenizer=source.tokenizer,
+        vocab_size=source.vocab_size,
+        max_length=options.context_length or longest,
+        sampling=options.sampling(source.tokenizer.stop_ids),
+        renderer=made,
         add_bos=options.add_bos,
+        logprobs=options.logprobs,
+        as_chat=options.as_chat,
+        system=options.system,
+        on_bad_line=options.on_bad_line,
     )
-    return reader.read(options.input, options.format) if options.input else reader.texts(options.prompt)
 
 
-def _shared(prompts: list[Any] | None) -> list[Any]:
-    """The prompts of the first process, on all."""
-    import torch.distributed as dist
+def _planned(options: Options, source: Any, stack: ExitStack) -> tuple[Any, Any]:
+    """The rows that are to be written, and the output, which closes with ``stack``."""
+    from megapatch.tools.generate import results
+    from megapatch.tools.generate.identity import settings
+    from megapatch.tools.generate.journal import Journal, refuse_existing
 
-    box = [prompts]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box)
-    assert box[0] is not None
-    return box[0]
+    refuse_existing(options.output, force=options.force, resume=options.resume)
+    reader = _reader(options, source)
+    prompts = reader.read(options.input, options.format) if options.input else reader.texts(options.prompt)
+    said = settings(options, source, prompts)
+    journal = stack.enter_context(Journal(options.output, said, force=options.force, resume=options.resume))
+    return results.remaining(results.tasks(prompts), journal.rows), journal
 
 
-def _run(options: Options, hf: Any, tokenizer: Any, prompts: list[Any], device: Any) -> None:
-    import torch.distributed as dist
+def _run(options: Options, source: Any, work: list[Any], journal: Any, device: Any) -> None:
+    from megapatch.tools.generate.loading import engine, load, loaded_draft
+    from megapatch.tools.generate.progress import Progress, closing_line, most_tokens
+    from megapatch.tools.generate.results import Clock, Results
 
-    from megapatch.models.build import ModelOptions, build
-    from megapatch.models.device import seed_everything
-    from megapatch.models.generation import Engine
-    from megapatch.models.load import load_weights
-    from megapatch.tools.generate.results import Results, closing_line, opened
-
-    seed_everything(options.seed, 0)
-    requests = [prompt.request for prompt in prompts]
+    clock = Clock()
+    results = Results(
+        work,
+        journal.write if journal else lambda row: None,
+        source.tokenizer,
+        order=options.order,
+        model=options.model.name,
+        clock=clock if options.timings else None,
+    )
+    requests = results.requests
     if options.engine == "transformers":
-        _run_reference(options, tokenizer, prompts, device)
+        _run_reference(options, source, results, device)
         return
-    chunks = build(hf, ModelOptions(options, device, options.precision))
-    load_weights(chunks, options.model, hf)
     longest = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
-    with opened(options.output if dist.get_rank() == 0 else None) as file:
-        results = Results(prompts, file, options.logprobs)
-        engine = Engine(
-            chunks[0],
-            vocab_size=family.vocab_size(hf),
-            max_length=min(longest, _longest(hf)),
-            batch_size=min(options.batch_size, len(requests)),
-            tokenizer=tokenizer,
-            group=dist.group.WORLD,
-            on_step=results.tell,
-        )
-        for completion in engine.run(requests):
+    what = "texts" if any(task.prompt.request.sampling.n > 1 for task in work) else "prompts"
+    progress = Progress([most_tokens(request) for request in requests], what, quiet=journal is None)
+    made = engine(
+        options,
+        source,
+        load(options, source, device),
+        min(longest, options.context_length or source.max_length),
+        batch_size=min(options.batch_size, len(requests)),
+        **loaded_draft(options.draft, options.draft_tokens, options, source, device),
+        on_step=progress.on_step,
+        on_piece=clock.on_piece if options.timings else None,
+    )
+    with progress:
+        for completion in made.run(clock.watched(requests)):
+            progress.done(completion)
             results.take(completion)
-    log.info("%s", closing_line(engine.statistics))
+    log.info("%s", closing_line(made.statistics))
 
 
-def _run_reference(options: Options, tokenizer: Any, prompts: list[Any], device: Any) -> None:
+def _run_reference(options: Options, source: Any, results: Any, device: Any) -> None:
     from megapatch.models.build import DTYPES
     from megapatch.tools.generate import reference
-    from megapatch.tools.generate.results import Results, opened
 
-    requests = [prompt.request for prompt in prompts]
-    with opened(options.output) as file:
-        results = Results(prompts, file, logprobs=False)
-        for completion in reference.generate(
-            options.model, requests, tokenizer, DTYPES[options.precision], device.torch
-        ):
-            results.take(completion)
+    requests, dtype = results.requests, DTYPES[options.precision]
+    for completion in reference.generate(options.model, requests, source.tokenizer, dtype, device.torch):
+        results.take(completion)
 
 
 if __name__ == "__main__":

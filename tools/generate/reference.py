@@ -7,7 +7,7 @@ from typing import Any
 
 from megapatch.models import hf_files
 from megapatch.models.cli import UserError
-from megapatch.models.generation import Completion
+from megapatch.models.generation.sequences import Completion
 from megapatch.models.request import Request
 from megapatch.models.transformers_types import refuse_unknown
 
@@ -20,8 +20,12 @@ def generate(model: Path, requests: Sequence[Request], tokenizer: Any, dtype: An
 
     if not sys.stderr.isatty():
         disable_progress_bar()
-    if any(request.sampling.temperature or request.sampling.stop for request in requests):
-        raise UserError("--engine transformers: greedy and without stop strings only; drop --temperature and --stop")
+    asked = [request.sampling for request in requests]
+    if any(s.temperature or s.stop or s.changes_logits or s.top_logprobs or s.prompt_logprobs for s in asked):
+        raise UserError(
+            "--engine transformers: greedy, without stop strings, penalties, biases and log-probabilities only; drop "
+            "--temperature, --stop and the like"
+        )
     refuse_unknown(hf_files.config(model), "use --engine megapatch")
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True).to(device).eval()
     for number, request in enumerate(requests):
@@ -38,4 +42,6 @@ def generate(model: Path, requests: Sequence[Request], tokenizer: Any, dtype: An
         ids = whole[0, len(request.prompt) :].tolist()
         stopped = bool(ids) and ids[-1] in request.sampling.stop_token_ids
         text = tokenizer.decode(ids[:-1] if stopped else ids)
-        yield Completion(number, request, ids, text, "stop" if stopped else "length", [], [])
+        yield Completion(
+            number, request, ids, text, "stop" if stopped else "length", [], [], ids[-1] if stopped else None
+        )

@@ -1,6 +1,7 @@
-"""The CPU AdamW step against its memory floor, in the same rounds, on the same arrays (fp32)."""
+"""The CPU AdamW step against its memory floor, in the same rounds, on the same arrays; alone, and with all ranks."""
 
 import math
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megapatch.models.link import Copy, lanes
+
 BYTES_PER_PARAMETER = 28  # read p, g, m, v and write p, m, v, 4 bytes each
+BF16_BYTES = 30  # write p in bf16, too
 NEEDED_BYTES = 24  # the four arrays, and the temporaries of foreach
 LR, BETA1, BETA2, WEIGHT_DECAY, EPS = 1e-4, 0.9, 0.95, 0.1, 1e-8
 
@@ -49,6 +53,16 @@ class Arrays:
         stride = -(-numel // block) * block + stagger
         buffer = torch.empty(4 * stride).uniform_(1e-4, 1e-3)
         self.p, self.g, self.m, self.v = (part[:numel] for part in buffer.split(stride))
+
+    def chunk(self, number: int, size: int) -> "Arrays":
+        """A chunk of ``size`` elements, counted from 0."""
+        return self.part(slice(number * size, (number + 1) * size))
+
+    def part(self, where: slice) -> "Arrays":
+        """Views of a range."""
+        found = object.__new__(Arrays)
+        found.p, found.g, found.m, found.v = (x[where] for x in (self.p, self.g, self.m, self.v))
+        return found
 
     def chunks(self, size: int) -> list[tuple[Tensor, ...]]:
         """Views (p, g, m, v) of ``size`` elements, the last one shorter."""
@@ -110,6 +124,51 @@ def fused_step(arrays: Arrays, size: int) -> None:
         )
 
 
+def bf16_step(arrays: Arrays, size: int, weights: Tensor) -> None:
+    """The same, and each chunk's new parameters as bf16 ``weights`` [chunk], which go to the device."""
+    for i in range(len(arrays.chunks(size))):
+        part = arrays.chunk(i, size)
+        fused_step(part, size)
+        weights[: part.p.numel()].copy_(part.p)
+
+
+class Stream:
+    """State p, m, v to the device and back chunk by chunk, in two lanes, and Adam there (here: between two arenas)."""
+
+    def __init__(self, arrays: Arrays, size: int, rate: float | None) -> None:
+        self.arrays, self.size, self.count = arrays, size, len(arrays.chunks(size))
+        self.down, self.up = lanes(torch.device("cpu"), rate)
+        self.rooms = [Arrays(min(size, arrays.p.numel())) for _ in range(2)]
+
+    def __call__(self) -> None:
+        back: list[Copy | None] = [None, None]
+        arrived = self._fetch(0, None)
+        for i in range(self.count):
+            ready = arrived
+            if i + 1 < self.count:
+                arrived = self._fetch(i + 1, back[(i + 1) % 2])
+            self.up.wait(ready)
+            host = self.arrays.chunk(i, self.size)
+            here = self.rooms[i % 2].part(slice(host.p.numel()))
+            here.g.copy_(host.g)  # gradients are on the device already
+            fused_step(here, self.size)
+            back[i % 2] = _send(self.down, host, here, None)
+        for copy in back:
+            if copy is not None:
+                self.down.wait(copy)
+
+    def _fetch(self, number: int, after: Copy | None) -> Copy:
+        return _send(self.up, self.rooms[number % 2], self.arrays.chunk(number, self.size), after)
+
+
+def _send(lane: Any, target: Arrays, source: Arrays, after: Copy | None) -> Copy:
+    n = min(target.p.numel(), source.p.numel())
+    for to, of in ((target.p, source.p), (target.m, source.m), (target.v, source.v)):
+        after = lane.copy(to[:n].view(torch.uint8), of[:n].view(torch.uint8), after)
+    assert after is not None
+    return after
+
+
 def listed_step(arrays: Arrays, size: int, *, foreach: bool) -> None:
     """torch.optim.AdamW's step over a list of parameters of ``size`` elements, without its fused kernel."""
     p, g, m, v = map(list, zip(*arrays.chunks(size), strict=True))
@@ -133,13 +192,23 @@ def listed_step(arrays: Arrays, size: int, *, foreach: bool) -> None:
 
 
 def adam_rows(
-    numel: int, threads: Sequence[int], chunks: Sequence[int], rounds: int, limit_s: float = math.inf
+    numel: int,
+    threads: Sequence[int],
+    chunks: Sequence[int],
+    rounds: int,
+    limit_s: float = math.inf,
+    rate: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One row for each thread count, kernel and chunk size; 'x_floor' is its seconds over the floor's."""
     arrays = Arrays(numel)
     sizes = sorted({min(size, numel) for size in chunks})
-    kernels = [("fused", size, partial(fused_step, arrays, size)) for size in sizes]
+    weights = torch.empty(sizes[-1], dtype=torch.bfloat16)
+    kernels: list[tuple[str, int, Callable[[], Any]]] = [
+        ("fused", size, partial(fused_step, arrays, size)) for size in sizes
+    ]
+    kernels += [("fused bf16", size, partial(bf16_step, arrays, size, weights)) for size in sizes]
     kernels += [
+        ("stream", sizes[-1], Stream(arrays, sizes[-1], rate)),
         ("foreach", sizes[-1], partial(listed_step, arrays, sizes[-1], foreach=True)),
         ("for-loop", sizes[-1], partial(listed_step, arrays, sizes[-1], foreach=False)),
     ]
@@ -148,7 +217,10 @@ def adam_rows(
         runs: Runs = {**floor_runs(arrays), **{f"{name} {size}": run for name, size, run in kernels}}
         times = take_turns(rounds, runs, limit_s / len(threads))
         floor = min(times["passes"], times["momentum"], key=min)
+        floors = [min(pair) for pair in zip(times["passes"], times["momentum"], strict=True)]
         for name, size, seconds in [("floor", numel, floor), *((n, s, times[f"{n} {s}"]) for n, s, _ in kernels)]:
+            moved = BF16_BYTES if name == "fused bf16" else BYTES_PER_PARAMETER
+            ratios = [s / (f * moved / BYTES_PER_PARAMETER) for s, f in zip(seconds, floors, strict=True)]
             yield {
                 "part": "adam",
                 "kernel": name,
@@ -158,7 +230,67 @@ def adam_rows(
                 "rounds": len(seconds),
                 "seconds": min(seconds),
                 "median_seconds": statistics.median(seconds),
-                "bytes_per_s": BYTES_PER_PARAMETER * numel / min(seconds),
-                "x_floor": min(seconds) / min(floor),
+                "bytes_per_s": moved * numel / min(seconds),
+                "x_floor": min(seconds) / (min(floor) * moved / BYTES_PER_PARAMETER),
+                "x_floor_of_round": statistics.median(ratios),  # on a busy machine
                 "ms_per_billion": min(seconds) / numel * 1e12,
             }
+
+
+def contention_rows(
+    numel: int, threads: int, chunk: int, rounds: int, ranks: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """The fused step and its floor with so many processes at it at once, as the ranks of a machine are."""
+    alone = math.nan
+    for number in ranks:
+        times = at_once(number, numel, threads, chunk, rounds)
+        floor = min(times["passes"], times["momentum"])
+        alone = times["fused"] if number == ranks[0] else alone
+        yield {
+            "part": "contention",
+            "ranks": number,
+            "threads": threads,
+            "chunk": chunk,
+            "numel": numel,
+            "seconds": times["fused"],
+            "x_floor": times["fused"] / floor,
+            "x_alone": times["fused"] / alone,
+            "bytes_per_s": BYTES_PER_PARAMETER * numel * number / times["fused"],
+        }
+
+
+def at_once(ranks: int, numel: int, threads: int, chunk: int, rounds: int) -> dict[str, float]:
+    """Seconds until the slowest of ``ranks`` processes is done, each name's best round."""
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(ranks), context.Queue()
+    workers = [
+        context.Process(target=_rank, args=(barrier, queue, numel, threads, chunk, rounds)) for _ in range(ranks)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        found = [queue.get(timeout=600) for _ in workers]
+    finally:
+        for worker in workers:
+            worker.join(60)
+            worker.kill()
+    return {name: min(max(rank[name][i] for rank in found) for i in range(rounds)) for name in found[0]}
+
+
+def _rank(barrier: Any, queue: Any, numel: int, threads: int, chunk: int, rounds: int) -> None:
+    torch.set_num_threads(threads)
+    arrays = Arrays(numel)
+    runs: Runs = {**floor_runs(arrays), "fused": partial(fused_step, arrays, chunk)}
+    together = {name: partial(_after, barrier, run) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in together}
+    for _ in range(rounds + 1):
+        for name, run in together.items():
+            times[name].append(run())
+    queue.put({name: seconds[1:] for name, seconds in times.items()})
+
+
+def _after(barrier: Any, run: Callable[[], Any]) -> float:
+    barrier.wait(600)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megapatch.tools.offload_bench.space import short
+from megapatch.models.space import short
+from megapatch.tools.offload_bench.pareto import HEADS, cells
 
 Row = dict[str, Any]
 KNEE = 0.9  # of the best rate
@@ -14,12 +15,16 @@ DIRECTIONS = {"h2d": "host to device", "d2h": "device to host", "both": "both at
 def tables(rows: Sequence[Row]) -> str:
     """One table for each part that has rows."""
     found = []
-    for part, heads, cells in (
+    for part, heads, of_row in (
         ("memory", ("host memory", "array", "threads", "GB/s"), _memory_cells),
         ("link", ("host <-> device", "memory", "transfer", "GB/s"), _link_cells),
-        ("adam", ("AdamW step, fp32", "chunk", "threads", "GB/s", "ms/billion", "x floor"), _adam_cells),
+        ("resident", ("host memory", "asked for", "resident", "x"), _resident_cells),
+        ("adam", ("AdamW step", "chunk", "threads", "GB/s", "ms/billion", "x floor"), _adam_cells),
+        ("contention", ("ranks at once", "threads each", "GB/s in all", "x floor", "x alone"), _contention_cells),
+        ("overlap", ("beside products", "alone ms", "products ms", "both ms", "efficiency"), _overlap_cells),
+        ("sweep", HEADS, cells),
     ):
-        lines = [cells(row) for row in rows if row["part"] == part]
+        lines = [of_row(row) for row in rows if row["part"] == part]
         if lines:
             found.append(_table([heads, *lines]))
     return "\n\n".join(found)
@@ -30,7 +35,7 @@ def _memory_cells(row: Row) -> tuple[str, ...]:
 
 
 def _link_cells(row: Row) -> tuple[str, ...]:
-    kind = "pinned" if row["pinned"] else "pageable"
+    kind = "pinned" if row["pinned"] else "emulated" if row.get("emulated") else "pageable"
     return DIRECTIONS[row["operation"]], kind, short(row["bytes"]) + "B", _rate(row)
 
 
@@ -44,6 +49,20 @@ def _adam_cells(row: Row) -> tuple[str, ...]:
         f"{row['ms_per_billion']:.0f}",
         f"{row['x_floor']:.2f}",
     )
+
+
+def _resident_cells(row: Row) -> tuple[str, ...]:
+    asked, taken = row["bytes"], row["resident_bytes"]
+    return row["kind"], short(asked) + "B", short(taken) + "B", f"{taken / asked:.2f}"
+
+
+def _contention_cells(row: Row) -> tuple[str, ...]:
+    return str(row["ranks"]), str(row["threads"]), _rate(row), f"{row['x_floor']:.2f}", f"{row['x_alone']:.2f}"
+
+
+def _overlap_cells(row: Row) -> tuple[str, ...]:
+    times = (f"{1e3 * row[name]:.1f}" for name in ("alone_s", "products_s", "beside_s"))
+    return row["operation"], *times, f"{row['efficiency']:.2f}"
 
 
 def _rate(row: Row) -> str:
@@ -66,7 +85,8 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 def meaning(rows: Sequence[Row]) -> list[str]:
     """Sentences for the user, from the rows alone."""
     adam = [row for row in rows if row["part"] == "adam"]
-    return [*_memory_meaning(rows), *_link_meaning(rows), *_adam_meaning(adam), *_noise(adam)]
+    told = [*_memory_meaning(rows), *_link_meaning(rows), *_resident_meaning(rows), *_adam_meaning(adam)]
+    return [*told, *_contention_meaning(rows), *_overlap_meaning(rows), *_sweep_meaning(rows), *_noise(adam)]
 
 
 def _memory_meaning(rows: Iterable[Row]) -> Iterable[str]:
@@ -117,6 +137,42 @@ def _adam_meaning(rows: Sequence[Row]) -> Iterable[str]:
         slow = next(row for row in alike if row["kernel"] == name)
         yield f"{name} takes {slow['seconds'] / best['seconds']:.1f} x the time of the fused step."
     yield from _scaling(fused, best)
+
+
+def _resident_meaning(rows: Iterable[Row]) -> Iterable[str]:
+    found = {row["kind"]: row["resident_bytes"] / row["bytes"] for row in rows if row["part"] == "resident"}
+    if "torch" in found:
+        yield f"Pinned memory: torch's takes {found['torch']:.2f} x what is asked for, ours {found['exact']:.2f} x."
+
+
+def _contention_meaning(rows: Iterable[Row]) -> Iterable[str]:
+    if found := [row for row in rows if row["part"] == "contention"]:
+        most = max(found, key=lambda row: row["ranks"])
+        yield (
+            f"{most['ranks']} ranks at once: each Adam step takes {most['x_alone']:.2f} x as long as with "
+            f"{found[0]['ranks']}, {most['x_floor']:.2f} x the floor of all at once."
+        )
+
+
+def _overlap_meaning(rows: Iterable[Row]) -> Iterable[str]:
+    for row in rows:
+        if row["part"] == "overlap":
+            where = ", emulated on a CPU whose cores do both" if row["emulated"] else ""
+            yield f"Beside matrix products {max(0.0, row['efficiency']):.0%} of {row['operation']} is hidden{where}."
+
+
+def _sweep_meaning(rows: Sequence[Row]) -> Iterable[str]:
+    found = [row for row in rows if row["part"] == "sweep"]
+    if not found or "error" in found[0]:
+        return
+    base = found[0]
+    for row in (row for row in found if "error" not in row):
+        if row["dominated"] is None and row["device_bytes"] < base["device_bytes"]:
+            saved, rate = base["device_bytes"] - row["device_bytes"], row["tokens_per_s"] / base["tokens_per_s"]
+            change = f"{1 - rate:.0%} fewer" if rate < 1 else f"{rate - 1:.0%} more"
+            yield f"{' '.join(row['flags'])}: saves {short(saved)}B of the device, {change} tokens/s."
+        if row["same_loss"] is False:
+            yield f"{row['point']}: its losses are not those of {base['point']}."
 
 
 def _scaling(fused: Sequence[Row], best: Row) -> Iterable[str]:

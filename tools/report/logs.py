@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megapatch.models.cli import UserError
 
-EVENTS = ("start", "train", "eval", "save", "resume", "end")
+EVENTS = ("start", "data", "train", "samples", "bad_step", "eval", "test", "save", "resume", "end", "offload")
+MEASURED = ("train", "eval", "test")  # have a loss at a step
 NAN = float("nan")
 
 
@@ -22,14 +23,18 @@ class Run:
     starts: list[dict[str, Any]] = field(default_factory=list)
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
+    data: list[dict[str, Any]] = field(default_factory=list)  # what mp-sft says of its sets
     resumed_at: list[int] = field(default_factory=list)  # steps, each once
-    saves: int = 0
+    saved_at: list[int] = field(default_factory=list)
+    skipped: dict[int, str] = field(default_factory=dict)  # step: what was not finite
+    moves: list[dict[str, Any]] = field(default_factory=list)  # of optimizer state, from and to host memory
     times: list[float] = field(default_factory=list)  # unix times of all lines that have one
     unknown: int = 0  # lines with an event this tool does not know
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one field of the train lines; NaN where a line does not have it."""
-        return [line["step"] for line in self.train], [as_float(line.get(key)) for line in self.train]
+        """Steps and values of one field of the train lines, or of DERIVED; NaN where a line does not have it."""
+        value = DERIVED.get(key, lambda line: as_float(line.get(key)))
+        return [line["step"] for line in self.train], [value(line) for line in self.train]
 
     def reruns(self) -> tuple[int, float]:
         """How many steps were run more than once, and the largest difference between their losses."""
@@ -51,16 +56,38 @@ def read_run(label: str, path: Path) -> Run:
         if event not in EVENTS:
             run.unknown += 1
             continue
-        if event in ("train", "eval"):
+        if event in MEASURED:
             need(line, "step", int, where)
             for key in line.keys() & NUMBERS:
-                if as_float(line[key], default=None) is None:
-                    raise UserError(f"{where}: {key!r} is {line[key]!r}; expected a number or null")
+                _need_number(line[key], key, where)
             need(line, "loss", (int, float, type(None)), where)
+            line.setdefault("loss_of", {})
+            for source, loss in need(line, "loss_of", dict, where).items():
+                _need_number(loss, f"loss_of {source}", where)
         _add(run, event, line)
     return run
 
 
+def _need_number(value: Any, name: str, where: str) -> None:
+    if as_float(value, default=None) is None:
+        raise UserError(f"{where}: {name!r} is {value!r}; expected a number or null")
+
+
+def _balance(line: dict[str, Any]) -> float:
+    """Tokens of the busiest expert by those of the average one."""
+    mean = as_float(line.get("expert_tokens_mean"))
+    return as_float(line.get("expert_tokens_max")) / mean if mean else NAN
+
+
+def _largest_rank(line: dict[str, Any]) -> float:
+    ranks = line.get("peak_memory_bytes_by_rank")
+    return max(map(as_float, ranks)) if isinstance(ranks, list) and ranks else NAN
+
+
+DERIVED: dict[str, Callable[[dict[str, Any]], float]] = {
+    "expert_balance": _balance,
+    "largest_peak_memory_bytes": _largest_rank,
+}
 NUMBERS = {
     "loss",
     "lr",
@@ -70,18 +97,28 @@ NUMBERS = {
     "tflops",
     "consumed_samples",
     "peak_memory_bytes",
+    "memory_bytes",
+    "mfu",
+    "offload_fraction",
+    "offload_exposed_s",
+    "expert_tokens_max",
+    "expert_tokens_mean",
     "ts",
 }
 
 
 def _add(run: Run, event: str, line: dict[str, Any]) -> None:
-    lists = {"start": run.starts, "train": run.train, "eval": run.evals}
+    lists = {"start": run.starts, "train": run.train, "eval": run.evals, "test": run.evals, "data": run.data}
     if event in lists:
         lists[event].append(line)
-    run.saves += event == "save"
-    step = line.get({"start": "resumed_from", "resume": "step"}.get(event, ""))
-    if isinstance(step, int) and step not in run.resumed_at:
-        run.resumed_at.append(step)
+    step = line.get("resumed_from" if event == "start" else "step")
+    marked = {"start": run.resumed_at, "resume": run.resumed_at, "save": run.saved_at}.get(event)
+    if marked is not None and isinstance(step, int) and step not in marked:
+        marked.append(step)
+    if event == "bad_step" and isinstance(step, int):
+        run.skipped[step] = str(line.get("what", "a number is"))
+    if event == "offload" and line.get("reason") != "start":
+        run.moves.append(line)
     if not math.isnan(time := as_float(line.get("ts"))):
         run.times.append(time)
 

@@ -7,20 +7,29 @@ from html import escape
 from typing import Any
 
 from megapatch.models.cli import versions
-from megapatch.tools.report.figures import FIGURES, figure, number
+from megapatch.tools.report.figures import FIGURES, Figure, figure
+from megapatch.tools.report.lines import number
 from megapatch.tools.report.logs import Run, as_float
 from megapatch.tools.report.style import CSS
 
 Lines = Sequence[dict[str, Any]]
 
 
-def page(title: str, runs: Sequence[Run], checks: Lines, steps: Lines, refresh: int | None = None) -> str:
+def page(
+    title: str,
+    runs: Sequence[Run],
+    checks: Lines,
+    steps: Lines,
+    refresh: int | None = None,
+    specs: Sequence[Figure] = FIGURES,
+) -> str:
     """A whole HTML document; the same input gives the same bytes."""
     parts = [
         f"<h1>{escape(title)}</h1>",
         banner(checks),
         section("What was verified", checks_table(checks) if checks else ""),
-        section("Training", charts(runs) if runs else ""),
+        section("Training", charts(runs, specs) if runs else ""),
+        section("Data", data_table(runs)),
         section("Differences between the runs", differences(runs)),
         section("Runs", runs_table(runs) + "".join(map(config, runs)) if runs else ""),
         section("Pipeline", steps_table(steps) if steps else ""),
@@ -74,10 +83,10 @@ def as_text(value: Any) -> str:
     return f'<span class="any">{escape(text)}</span>'
 
 
-def charts(runs: Sequence[Run]) -> str:
+def charts(runs: Sequence[Run], specs: Sequence[Figure]) -> str:
     """All figures that have data, and a line that names those that have none."""
-    drawn = [(spec, figure(spec, runs)) for spec in FIGURES]
-    absent = [spec.title for spec, html in drawn if not html]
+    drawn = [(spec, figure(spec, runs)) for spec in specs]
+    absent = [spec.title for spec, html in drawn if not html and not spec.optional]
     note = f"<p>Not in the logs: {escape('; '.join(absent))}.</p>" if absent else ""
     return f'<div class="figures">{"".join(html for _, html in drawn)}</div>{note}'
 
@@ -94,17 +103,37 @@ def runs_table(runs: Sequence[Run]) -> str:
             [
                 f"<strong>{escape(run.label)}</strong>",
                 f"<code>{escape(run.path)}</code>",
-                _count(start.get("parameters")),
+                _parameters(start),
                 _count(start.get("world_size")),
                 "\u00a0to\u00a0".join(f"{n:,}" for n in numbers) or "none",
                 _count(samples),
-                f"{run.saves:,}×",
+                f"{len(run.saved_at):,}×",
                 ", ".join(f"{n:,}" for n in run.resumed_at) or "–",
                 _date(min(run.times)) if run.times else "–",
                 duration(max(run.times) - min(run.times)) if run.times else "–",
             ]
         )
     return table(heads, rows)
+
+
+def _parameters(start: dict[str, Any]) -> str:
+    """Of the model, and how many of them are trained where that is another number, as with LoRA."""
+    total, trained = start.get("parameters"), start.get("trained_parameters")
+    return _count(total) + (f", {_count(trained)} trained" if trained not in (None, total) else "")
+
+
+def data_table(runs: Sequence[Run]) -> str:
+    """One row a set of conversations of mp-sft, a resumed run's once; '' for other runs."""
+    rows: dict[tuple[str, ...], None] = {}
+    for run in runs:
+        for about in run.data:
+            cells = [as_text(about.get(c)) if c in WORDS else _count(about.get(c)) for c in DATA]
+            rows[tuple([escape(run.label), *cells])] = None
+    return table(["run", *(name.replace("_", " ").replace("percent", "%") for name in DATA)], rows) if rows else ""
+
+
+WORDS = ("split", "prefix")
+DATA = (*WORDS, "conversations", "rows", "tokens", "trained_tokens", "fill_percent", "truncated", "lost_tokens")
 
 
 def differences(runs: Sequence[Run]) -> str:

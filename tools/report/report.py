@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 EXAMPLES = """examples:
   mp-report --log run=out/log.jsonl --output report.html
   mp-report runs/lr1e-4 runs/lr3e-4 --output compared.html
+  mp-report run --charts loss lr grad_norm --output curves.svg
   mp-report --log straight=a.jsonl --log killed=b.jsonl --checks checks.jsonl --steps steps.jsonl --title Quickstart
 
 exit status: 0 the page is written and every check holds; 1 a check failed (the page is written) or a file cannot
@@ -39,6 +40,13 @@ class Options(Common):
         repeat=True,
         metavar="LABEL=FILE",
     )
+    charts: list[str] = opt(
+        "draw these fields of the log only, for example: loss loss_of lr grad_norm tokens_per_s peak_memory_bytes "
+        "(default: all that are there)",
+        [],
+        nargs="+",
+        metavar="FIELD",
+    )
     checks: Optional[Path] = opt(
         'what was verified: lines {"check": text, "ok": bool} and, if you like, "found", "expected", "detail"',
         None,
@@ -48,7 +56,11 @@ class Options(Common):
         'pipeline steps: lines {"step": text, "seconds": number, "command": text}', None, metavar="FILE"
     )
     title: str = opt("heading of the page", "Training report")
-    output: Path = opt("page to write, replaced when complete; - for stdout", Path("report.html"), metavar="FILE")
+    output: Path = opt(
+        "page to write, replaced when complete; - for stdout; FILE.svg: the charts alone, as one picture",
+        Path("report.html"),
+        metavar="FILE",
+    )
 
     def __post_init__(self) -> None:
         """Check what argparse cannot."""
@@ -59,6 +71,8 @@ class Options(Common):
         labels = [entry.partition("=")[0] for entry in self.log]
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise ValueError(f"--log: label {twice[0]!r} is given twice; each log needs its own")
+        if self.output.suffix == ".svg" and not (self.runs or self.log):
+            raise ValueError(f"--output {self.output}: a picture shows charts; give a RUN or --log")
         if not (self.runs or self.log or self.checks or self.steps):
             raise ValueError("nothing to report; give a RUN, --log, --checks or --steps")
 
@@ -74,6 +88,7 @@ def named(options: Options) -> list[tuple[str, Path]]:
 def report(options: Options) -> int:
     """Write the page; FAILED when a check does not hold."""
     from megapatch.models.commit import staged_file
+    from megapatch.tools.report.figures import chosen, picture
     from megapatch.tools.report.logs import read_checks, read_run, read_steps
     from megapatch.tools.report.page import page
 
@@ -83,9 +98,11 @@ def report(options: Options) -> int:
             log.warning("%s: %d lines with events that mp-report does not know are not shown", each.path, each.unknown)
     checks = read_checks(options.checks) if options.checks else []
     steps = read_steps(options.steps) if options.steps else []
-    html = page(options.title, runs, checks, steps, options.refresh).encode(
-        "utf-8", "backslashreplace"
-    )  # JSON may hold lone surrogates
+    if options.output.suffix == ".svg":
+        text = picture(runs, chosen(options.charts))
+    else:
+        text = page(options.title, runs, checks, steps, options.refresh, chosen(options.charts))
+    html = text.encode("utf-8", "backslashreplace")  # JSON may hold lone surrogates
     if options.output == Path("-"):
         sys.stdout.buffer.write(html)
         sys.stdout.buffer.flush()

@@ -39,10 +39,12 @@ figure{margin:0;padding:14px 16px 12px;min-width:0}
 .grid{stroke:var(--grid)}
 .axis{stroke:var(--soft)}
 .mark{stroke:var(--c,var(--soft));stroke-width:1.5;stroke-dasharray:4 3}
+.foot,.head{stroke-dasharray:none}.skipped{--c:var(--bad)}
 .line{fill:none;stroke:var(--c);stroke-linejoin:round;stroke-linecap:round}
 .band{stroke:color-mix(in srgb,var(--c) 40%,var(--card))}
 .dense{stroke:color-mix(in srgb,var(--c) 65%,var(--card))}
 .dashed{stroke-dasharray:6 4}
+.dotted{stroke-dasharray:2 3}
 .dot{fill:var(--c)}
 .hollow{fill:var(--card);stroke:var(--c);stroke-width:1.6}
 .c0{--c:var(--s0)}.c1{--c:var(--s1)}.c2{--c:var(--s2)}.c3{--c:var(--s3)}.c4{--c:var(--s4)}.c5{--c:var(--s5)}

@@ -1,13 +1,12 @@
 """The options of mp-preprocess-chat, and what follows from them."""
 
-import datetime
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 from megapatch.models.cli import opt
 from megapatch.models.data_formats import PAIRS
+from megapatch.models.template_options import TemplateOptions
 from megapatch.tools.preprocess.run.pipeline import RunOptions
 
 _CUTS = {  # what --truncate may be for each format of output
@@ -24,7 +23,7 @@ _ONLY = {  # options that mean something for these alone
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class Options(RunOptions, TemplateOptions):
     """Turn conversations into ids and masks for fine-tuning, preference pairs and prompts into data for DPO and RL.
 
     Each conversation is rendered with the model's own chat template and becomes one document of PREFIX.bin/.idx;
@@ -48,16 +47,6 @@ class Options(RunOptions):
             "auto",
         )
     )
-    template: Optional[str] = opt(
-        "name of one of the tokenizer's chat templates, or a Jinja file (default: the tokenizer's own, and its "
-        "tool_use template for conversations with tools)",
-        None,
-        metavar="NAME|FILE",
-    )
-    template_arguments: str = opt(
-        "further variables that the template sees, as JSON, such as '{\"enable_thinking\": false}'", "", metavar="JSON"
-    )
-    date: Optional[str] = opt("what a template that writes today's date takes for it", None, metavar="YYYY-MM-DD")
     on_rewritten_history: Literal["fail", "split", "keep"] = opt(
         "for templates that write earlier turns differently once a conversation goes on (Qwen3 drops their reasoning): "
         "fail: a bad line; split: several samples, in each of which the trained turns read as when they were said, "
@@ -103,7 +92,7 @@ class Options(RunOptions):
                 raise ValueError(f"--{name.replace('_', '-')} has no effect with --chat-format {self.chat_format}")
         if self.deduplicate and self.shards > 1:
             raise ValueError("--deduplicate needs all records in one process; leave it out, or --shards")
-        _ = self.arguments, self.today
+        self.check_template()
 
     @property
     def format_of_output(self) -> str:
@@ -114,26 +103,3 @@ class Options(RunOptions):
     def ends(self) -> list[str]:
         """What follows PREFIX in the names of the pairs."""
         return [end for end in PAIRS[self.format_of_output] if end != "_weight" or self.message_weights]
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """--template-arguments."""
-        from megapatch.models.chat_load import RESERVED  # not for --help, which needs no jinja2
-
-        try:
-            found = json.loads(self.template_arguments or "{}")
-        except ValueError as error:
-            raise ValueError(f"--template-arguments {self.template_arguments}: not JSON ({error})") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"--template-arguments {self.template_arguments}: expected a JSON object")
-        if taken := [name for name in RESERVED if name in found]:
-            raise ValueError(f"--template-arguments: {taken[0]} comes from the conversations; leave it out")
-        return found
-
-    @property
-    def today(self) -> datetime.date | None:
-        """--date."""
-        try:
-            return datetime.date.fromisoformat(self.date) if self.date else None
-        except ValueError as error:
-            raise ValueError(f"--date {self.date}: {error}; expected YYYY-MM-DD") from error

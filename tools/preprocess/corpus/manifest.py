@@ -22,7 +22,7 @@ from megapatch.tools.preprocess.run.ledger import Ledger
 _NO_MATTER = (
     "verbose input glob tokenizer trust_remote_code output_prefix workers resume force json on_bad_line".split()
 )
-_FLAGS = {"": "--data-path", "train": "--data-path", "valid": "--valid-data-path"}
+_FLAGS = {"": "--data-path", "train": "--data-path", "valid": "--valid-data-path", "test": "--test-data-path"}
 
 
 def told(options: Options) -> dict[str, Any]:
@@ -91,8 +91,7 @@ def _arguments(options: Options) -> bytes:
     names = prefixes(options)
     for number, share in enumerate(shares(options.split)):
         mine = [str(prefix.absolute()) for prefix in names[number :: len(shares(options.split))]]
-        if share in _FLAGS:
-            lines.append(shlex.join([_FLAGS[share], *mine]))
+        lines.append(shlex.join([_FLAGS[share], *mine]))
     return ("\n".join(lines) + "\n").encode()
 
 

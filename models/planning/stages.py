@@ -1,0 +1,208 @@
+"""What a rank of each pipeline stage holds: sums over traced pieces along the schedule of its micro-batches. No torch.
+
+Weights, gradients and optimizer state follow from the number of parameters, for each of which there are
+
+    weight          4 bytes in fp32, 2 in bf16
+    gradient        4 (gradients are summed in fp32)
+    AdamW           8 for two moments, 4 more for the master weight in bf16; divided by the data-parallel ranks (x --cp;
+                    for experts by those that hold the same ones), and what is offloaded is on the host
+
+(Rajbhandari et al. 2020, arXiv 1910.02054). Activations are the pieces' (trace.py), for as many micro-batches as
+megatron-core's schedules have in flight: 1F1B and interleaved (Narayanan et al. 2021, arXiv 2104.04473). Adam is fused
+and updates in place; while gradients are clipped, one tensor of them is there twice (megatron-core without Transformer
+Engine). State that streams through the device has room for three chunks there (`--offload-engine stream`).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megapatch.models.planning.trace import Piece, Traced
+
+WIDTH = {"fp32": 4, "bf16": 2}  # bytes of a weight
+GRADIENT, MOMENTS, MASTER = 4, 8, {"fp32": 0, "bf16": 4}
+STREAMED, CHUNKS, CHUNK = 3, 16, (1 << 20, 4 << 20)  # chunks on the device, in a rank's state, and numbers of each
+BUCKET = 128  # numbers: buckets of gradients end at multiples of it, and of the ranks that share them
+LONGEST = 4  # of a schedule, in pipeline depths: what follows repeats
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is cut; ``world`` processes."""
+
+    world: int
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @property
+    def copies(self) -> int:
+        """Data-parallel ranks, which see different samples."""
+        return self.world // (self.tp * self.pp * self.cp)
+
+    @property
+    def dense_ranks(self) -> int:
+        """Ranks that hold the same dense weights."""
+        return self.world // (self.tp * self.pp)
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world // (self.etp * self.ep * self.pp)
+
+    def chunks(self, num_layers: int, stage: int) -> list[range]:
+        """The layers of a stage, counted from 0: a range for each of its chunks."""
+        count = self.pp * self.vpp
+        length = num_layers // count
+        return [range(n * length, (n + 1) * length) for n in range(stage, count, self.pp)]
+
+
+class Chunk:
+    """Pieces that run one after the other: what a micro-batch holds in them."""
+
+    def __init__(self, pieces: Sequence["Piece"]) -> None:
+        self.pieces = pieces
+        self.kept, self.left = sum(p.kept for p in pieces), sum(p.left for p in pieces)
+        before = [0, *accumulate(p.kept for p in pieces)]
+        after = [self.left - n for n in accumulate(p.left for p in pieces)]  # of later pieces
+        self.forward = max(b + p.forward for b, p in zip(before, pieces, strict=False))
+        self.backward = max(b + p.backward for b, p in zip(before, pieces, strict=False))
+        # alone in the chunk: modules that did not run yet still have what the last micro-batch left
+        rest = [n + p.left for n, p in zip(after, pieces, strict=True)]
+        self.forward_alone = max(b + p.forward + n for b, p, n in zip(before, pieces, rest, strict=False))
+        self.backward_alone = max(b + p.backward + n for b, p, n in zip(before, pieces, after, strict=False))
+
+
+def order(stage: int, pp: int, vpp: int, count: int) -> Iterator[tuple[bool, int]]:
+    """Passes of a stage in megatron-core's order: whether it is a forward pass, and of which chunk."""
+    total, group = count * vpp, pp * vpp
+    ahead = (pp - stage - 1) * 2 + (vpp - 1) * pp if vpp > 1 else pp - stage - 1
+    ahead = min(ahead, total)
+    for n in range(total + ahead):
+        if n < total:
+            yield True, n % group // pp
+        if n >= ahead:
+            yield False, vpp - 1 - (n - ahead) % group // pp
+
+
+def most_held(chunks: Sequence[Chunk], stage: int, pp: int, count: int) -> int:
+    """The most bytes that a stage has of activations, over the passes of a step."""
+    held, most = [0] * len(chunks), 0
+    for forward, number in order(stage, pp, len(chunks), min(count, LONGEST * pp)):
+        chunk, others = chunks[number], held[number] - (not forward)
+        live = sum(n * c.kept if n else c.left for c, n in zip(chunks, held, strict=True) if c is not chunk)
+        live += others * chunk.kept
+        if forward:
+            live += chunk.forward if others else chunk.forward_alone
+        else:
+            live += chunk.backward if others else chunk.backward_alone
+        most = max(most, live)
+        held[number] += 1 if forward else -1
+    return most
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on a rank of one stage, at the most; ``step``: what the optimizer has besides while it steps."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    step: int
+    host: int  # offloaded, in host memory
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.step)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Chunks of traced pieces on a rank, and what they need."""
+
+    layout: Layout
+    stage: int
+    chunks: Sequence[Chunk]
+    shared: int
+    tied: int
+    precision: str
+    distributed: bool = True
+
+    @cached_property
+    def parameters(self) -> tuple[int, int]:
+        """Dense ones and those of experts."""
+        pieces = [piece for chunk in self.chunks for piece in chunk.pieces]
+        experts = sum(piece.experts for piece in pieces)
+        return sum(piece.parameters for piece in pieces) + self.tied - experts, experts
+
+    @cached_property
+    def optimized(self) -> int:
+        """Parameters whose optimizer state is this rank's."""
+        dense, experts = self.parameters
+        if not self.distributed:
+            return dense + experts
+        return -(-dense // self.layout.dense_ranks) - (-experts // self.layout.expert_ranks)
+
+    @cached_property
+    def padding(self) -> int:
+        """Numbers that no parameter has in the buffers of weights and gradients, which the ranks divide."""
+        if not self.distributed:
+            return 0
+        starts = sum(piece.padding for chunk in self.chunks for piece in chunk.pieces)
+        ranks = (self.layout.dense_ranks, self.layout.expert_ranks)
+        return starts + sum(-n % math.lcm(each, BUCKET) for n, each in zip(self.parameters, ranks, strict=True))
+
+    @property
+    def clipped(self) -> int:
+        """Bytes of the largest gradient of this rank."""
+        return GRADIENT * min(self.optimized, max(p.largest for chunk in self.chunks for p in chunk.pieces))
+
+    @property
+    def streamed(self) -> int:
+        """Bytes on the device for what is offloaded and comes there to be updated."""
+        least, most = CHUNK
+        chunk = min(self.optimized, max(least, min(most, self.optimized // CHUNKS)))
+        return STREAMED * chunk * (MOMENTS + 4)  # and fp32 masters
+
+    @property
+    def state_bytes(self) -> int:
+        """Optimizer state of this rank, wherever it is."""
+        return self.optimized * (MOMENTS + MASTER[self.precision])
+
+    def need(self, count: int, *, offloaded: float = 0.0) -> Need:
+        """With ``count`` micro-batches a step."""
+        numbers = sum(self.parameters) + self.padding
+        away = round(self.state_bytes * offloaded)
+        return Need(
+            numbers * WIDTH[self.precision],
+            numbers * GRADIENT,
+            self.state_bytes - away + (self.streamed if away else 0),
+            most_held(self.chunks, self.stage, self.layout.pp, count) + self.shared,
+            self.clipped + sum(chunk.left for chunk in self.chunks),
+            away,
+        )
+
+
+def stage_of(
+    layout: Layout, stage: int, kinds: Sequence[str], traced: Sequence["Traced"], precision: str, *, first: int = 0
+) -> Stage:
+    """A stage of pieces from a trace; of the ``first`` layers of each chunk from a second one."""
+    main, chunks = traced[0], layout.chunks(len(kinds), stage)
+    last = layout.pp - 1
+    made = []
+    for number, layers in enumerate(chunks):
+        begin = main.pieces["before" if stage == 0 and number == 0 else "received"]
+        end = main.pieces["after" if stage == last and number == len(chunks) - 1 else "sent"]
+        middle = [traced[-1 if at < first else 0].pieces[kinds[n]] for at, n in enumerate(layers)]
+        made.append(Chunk([begin, *middle, end]))
+    tied = main.tied if layout.pp > 1 and stage == last else 0
+    return Stage(layout, stage, made, max(t.shared for t in traced), tied, precision)

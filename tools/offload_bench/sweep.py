@@ -1,0 +1,164 @@
+"""The trainer itself, a few steps for each way to save memory; the losses must be those of the first, to the bit."""
+
+import json
+import logging
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megapatch.models import commit
+from megapatch.models.cli import UserError
+
+log = logging.getLogger(__name__)
+PACKAGE = __package__.rpartition(".tools.")[0]
+WARM_UP = 2  # steps whose time does not count
+TAIL = 300  # characters of a failed run's last words
+
+
+@dataclass(frozen=True)
+class Point:
+    """A way to save memory: the trainer's options for it."""
+
+    kind: str  # the curve that it is on
+    setting: str
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For the table, and for its folder."""
+        return f"{self.kind} {self.setting}"
+
+
+def points(
+    fractions: Sequence[str], recompute: Sequence[str], activations: Sequence[str], fit: Sequence[str] = ()
+) -> list[Point]:
+    """Optimizer in host memory by fraction, then recomputation, then activations in host memory; the first is 0.
+
+    ``fit``: further options of the automatic fraction.
+    """
+    base = ("--offload-optimizer", "0")
+    found = [Point("optimizer", "0", base)]
+    for fraction in fractions:
+        if fraction != "0":
+            more = fit if fraction == "auto" else ()
+            found.append(Point("optimizer", fraction, ("--offload-optimizer", fraction, *more)))
+    found += [Point("recompute", kind, (*base, "--recompute", kind)) for kind in recompute]
+    return found + [Point("activations", n, (*base, "--offload-activations", n)) for n in activations]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs of the trainer with the same options but for the points'; results are added to OUTPUT/points.jsonl."""
+
+    output: Path
+    given: tuple[str, ...]  # options of mp-pretrain
+    steps: int
+    ranks: int
+    timeout_s: float
+
+    @property
+    def results(self) -> Path:
+        """One line for each point that was run."""
+        return self.output / "points.jsonl"
+
+    def rows(self, wanted: Sequence[Point]) -> Iterator[dict[str, Any]]:
+        """Each point's row: from an earlier call, or run now; one that fails has an 'error' and is run again."""
+        done = {row["point"]: row for row in self._done()}
+        base: str | None = None
+        for number, point in enumerate(wanted, 1):
+            found = done.get(point.name)
+            if found is None or "error" in found:
+                log.info("%d/%d: %s", number, len(wanted), " ".join(point.flags))
+                found = self._run(point)
+                self._keep(found)
+            if "error" in found:
+                log.warning("%s: %s", point.name, found["error"])
+            base = base or found.get("loss_hash")
+            yield found | {"same_loss": found.get("loss_hash") == base if "loss_hash" in found else None}
+
+    def _done(self) -> list[dict[str, Any]]:
+        about = {"given": list(self.given), "steps": self.steps, "ranks": self.ranks}
+        before = self.output / "sweep.json"
+        if before.exists() and json.loads(before.read_text()) != about:
+            raise UserError(f"--output {self.output}: has results of other options or steps; name another folder")
+        self.output.mkdir(parents=True, exist_ok=True)
+        before.write_text(json.dumps(about))
+        if not self.results.exists():
+            return []
+        return [json.loads(line) for line in self.results.read_text().splitlines()]
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        others = [old for old in self._done() if old["point"] != row["point"]]
+        with commit.staged_file(self.results) as path:
+            path.write_text("".join(json.dumps(each) + "\n" for each in [*others, row]))
+
+    def command(self, point: Point, save: Path) -> list[str]:
+        """The words that start a point's run."""
+        start = [sys.executable, "-m"]
+        if self.ranks > 1:
+            start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks), "-m"]
+        own = ["--save", str(save), "--train-iters", str(self.steps), "--log", str(save / "log.jsonl")]
+        cache = ["--data-cache-path", str(self.output / "data-cache")]
+        return [*start, f"{PACKAGE}.trainer.pretrain", *cache, *self.given, *point.flags, *own]
+
+    def _run(self, point: Point) -> dict[str, Any]:
+        save = self.output / point.name.replace(" ", "-")
+        shutil.rmtree(save, ignore_errors=True)  # of a run that was killed
+        row: dict[str, Any] = {"part": "sweep", "point": point.name, "kind": point.kind, "setting": point.setting}
+        row["flags"] = list(point.flags)
+        try:
+            ran = subprocess.run(self.command(point, save), capture_output=True, text=True, timeout=self.timeout_s)
+            if ran.returncode:
+                row["error"] = f"exit status {ran.returncode}: {last_words(ran.stderr)}"
+                return row
+            records = [json.loads(line) for line in (save / "log.jsonl").read_text().splitlines()]
+            found = measured([record for record in records if record["event"] == "train"])
+            return row | found
+        except subprocess.TimeoutExpired:
+            return row | {"error": f"took more than {self.timeout_s:g} s (--timeout-s)"}
+        finally:
+            for folder in save.glob("iter_*"):  # a checkpoint that nobody asked for
+                shutil.rmtree(folder)
+
+
+def last_words(said: str) -> str:
+    """The line of a program's stderr that says what was wrong."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if ": error: " in line or "Error: " in line]
+    return (errors or lines or ["no message"])[-1][-TAIL:]
+
+
+def measured(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a run's log says: of the fastest step after warm-up; peaks; a hash of all losses and gradient norms."""
+    last, best = steps[-1], min(steps[WARM_UP:] or steps, key=lambda step: step["step_s"])
+
+    def of(name: str) -> float:
+        return float(best.get(name, 0.0))
+
+    host = int(last.get("offload_host_bytes", 0)) + int(last.get("activations_pool_bytes", 0))
+    peak = max(last.get("peak_memory_bytes_by_rank", [last["peak_memory_bytes"]]))
+    numbers = [value for step in steps for value in (step["loss"], step["grad_norm"] or float("nan"))]
+    return {
+        "steps": len(steps),
+        "device_bytes": last.get("device_memory_bytes", peak),  # on a CPU, whose peak counts both memories
+        "peak_memory_bytes": peak,
+        "host_bytes": host,
+        "fraction": last.get("offload_fraction", 0.0),
+        "tokens_per_s": of("tokens_per_s"),
+        "step_s": of("step_s"),
+        "forward_backward_s": of("step_s") - of("optimizer_s") - of("activations_wait_s"),
+        "d2h_wait_s": of("offload_d2h_wait_s"),
+        "adam_s": of("offload_adam_s"),
+        "h2d_wait_s": of("offload_h2d_wait_s"),
+        "exposed_s": of("offload_exposed_s") + of("activations_wait_s"),
+        "d2h_bytes": int(of("offload_d2h_bytes") + of("activations_out_bytes")),
+        "h2d_bytes": int(of("offload_h2d_bytes") + of("activations_back_bytes")),
+        "loss_hash": xxhash.xxh3_64(struct.pack(f"{len(numbers)}d", *numbers)).hexdigest(),
+    }
