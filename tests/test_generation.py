@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from one_process import loaded, one_process  # noqa: F401
 from tiny_models import FAMILIES, PROMPTS, byte_tokenizer, letter_tokenizer, tiny_model
 from transformers import PreTrainedModel
 
-from megapatch.models import device, parallel
+from megapatch.models import device
 from megapatch.models.family import known
 from megapatch.models.request import Request, Sampling
 from megapatch.models.tokenizer import Tokenizer
@@ -34,15 +34,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # what the tiny model of a 
 
 
 @pytest.fixture(scope="module")
-def found() -> Iterator[device.Device]:
-    """One process, all process groups."""
-    found = device.start()
-    parallel.start(parallel.Parallel(), found)
-    yield found
-    parallel.stop()
-
-
-@pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PreTrainedModel]]:
     """A folder and transformers' model of each family; 'odd' has a vocabulary that two processes cannot halve."""
     root = tmp_path_factory.mktemp("models")
@@ -54,16 +45,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pr
 @pytest.fixture(scope="module")
 def models(theirs: dict[str, tuple[Path, PreTrainedModel]], found: device.Device) -> dict[str, torch.nn.Module]:
     """The same as our models."""
-    from megapatch.models.build import ModelOptions, build
-    from megapatch.models.load import load_hf
-
     made = {}
     for name, (folder, _) in theirs.items():
-        hf = json.loads((folder / "config.json").read_text())
-        device.seed_everything(1, 0)
-        chunks = build(hf, ModelOptions(parallel.Parallel(), found))
-        load_hf(chunks, folder, hf)
-        made[name] = chunks[0]
+        (made[name],) = loaded(folder, found)
     return made
 
 

@@ -1,15 +1,15 @@
 """The cache of keys and values: chunks, shared prefixes, slots, windows, and a budget that is kept."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from one_process import loaded, one_process  # noqa: F401
 from tiny_models import PROMPTS, tiny_model
 
-from megapatch.models import device, parallel
+from megapatch.models import device
 from megapatch.models.request import Request, Sampling
 
 VOCAB, LENGTH = 96, 64
@@ -27,27 +27,13 @@ EXECUTORS = ("lean", "module")
 
 
 @pytest.fixture(scope="module")
-def found() -> Iterator[device.Device]:
-    """One process, all process groups."""
-    found = device.start()
-    parallel.start(parallel.Parallel(), found)
-    yield found
-    parallel.stop()
-
-
-@pytest.fixture(scope="module")
 def models(found: device.Device, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.nn.Module]]:
     """A model of each kind."""
-    from megapatch.models.build import ModelOptions, build
-    from megapatch.models.load import load_hf
-
     made = {}
     for name, (family, changes) in KINDS.items():
         folder: Path = tmp_path_factory.mktemp("model")
         tiny_model(folder, family, **changes)
-        hf = json.loads((folder / "config.json").read_text())
-        made[name] = build(hf, ModelOptions(parallel.Parallel(), found))
-        load_hf(made[name], folder, hf)
+        made[name] = loaded(folder, found)
     return made
 
 

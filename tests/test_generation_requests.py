@@ -1,7 +1,6 @@
 """What requests can ask for: as transformers does it where it does, and told exactly."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_process import loaded, one_process  # noqa: F401
 from tiny_models import PROMPTS, letter_tokenizer, tiny_model
 
 from megapatch.models import device, parallel
@@ -18,15 +18,6 @@ from megapatch.models.tokenizer import Tokenizer
 
 VOCAB, LENGTH = 96, 64
 TOLERANCE = 1e-5  # fp32, of log-probabilities
-
-
-@pytest.fixture(scope="module")
-def found() -> Iterator[device.Device]:
-    """One process, all process groups."""
-    found = device.start()
-    parallel.start(parallel.Parallel(), found)
-    yield found
-    parallel.stop()
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +30,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 @pytest.fixture(scope="module")
 def model(theirs: tuple[Path, Any], found: device.Device) -> list[torch.nn.Module]:
     """The same as ours."""
-    from megapatch.models.build import ModelOptions, build
-    from megapatch.models.load import load_hf
-
-    hf = json.loads((theirs[0] / "config.json").read_text())
-    chunks = build(hf, ModelOptions(parallel.Parallel(), found))
-    load_hf(chunks, theirs[0], hf)
-    return chunks
+    return loaded(theirs[0], found)
 
 
 def engine(model: Any, **settings: Any) -> Any:
