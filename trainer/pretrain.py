@@ -126,9 +126,9 @@ def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     source = checkpoint.find_source(begin, None if resumed else options.tokenizer)
     hf, tokenizer = source.hf, Tokenizer(source.tokenizer, trust_remote_code=options.trust_remote_code)
     options.check_model(family.find(hf).transformer_config(hf))
-    kind.check(options, tokenizer, family.vocab_size(hf))
     size = options.data_parallel_size(processes(options))
     count = gpt_data.num_micro_batches(options, size)
+    kind.check(options, tokenizer, family.vocab_size(hf))  # last: may read all of --data
     done = isinstance(step, int) and step >= options.train_iters and final_test.done(options)
     return Plan(source, hf, tokenizer, resumed, done, size, count)
 
