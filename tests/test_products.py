@@ -1,8 +1,11 @@
 """Products with weights on a CPU: megatron-core's results, and gradients that are added to the buffers that wait."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 from megapatch.models import device
 
@@ -36,15 +39,18 @@ def test_a_product_and_its_gradients_are_those_of_upstream(rows, dtype, bias):
     assert all(near(found, expected, dtype) for expected, found in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("hooked", [False, True])  # as --offload-activations does: what comes back is no parameter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_added_to_the_buffer_of_a_weight_and_nowhere_else(dtype):
+def test_gradients_are_added_to_the_buffer_of_a_weight_and_nowhere_else(dtype, hooked):
     x, weight, ids = drawn(7, 24, dtype=dtype), drawn(40, 24, dtype=dtype).requires_grad_(), torch.tensor([[3, 5, 3]])
     out = products._Lookup.apply(ids, weight).sum() + F.linear(x, weight).sum()
     expected = 2 * torch.autograd.grad(out, weight)[0].float() + 1
     weight.main_grad = torch.ones(40, 24)
+    hooks = saved_tensors_hooks(torch.clone, torch.clone) if hooked else nullcontext()
     for _ in range(2):
-        tied = products._Lookup.apply(ids, weight)
-        product = products.Linear.apply(x, weight, None, False, False, False, None, 0, None)
+        with hooks:
+            tied = products._Lookup.apply(ids, weight)
+            product = products.Linear.apply(x, weight, None, False, False, False, None, 0, None)
         (tied.sum() + product.sum()).backward()
     assert weight.grad is None
     assert torch.allclose(weight.main_grad, expected, atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 2e-2)

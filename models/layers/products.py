@@ -33,10 +33,14 @@ def product(x: Tensor, weight: Tensor, by_onednn: bool = True) -> Tensor:
     return torch.matmul(x, weight.t())
 
 
-def add_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
-    """grad [..., n] and x [..., k] -> the gradient of the weight [n, k]; None: it is in the weight's ``main_grad``."""
+def _buffer(weight: Tensor) -> Tensor | None:
+    """Where a weight's gradient goes; asked in the forward pass: what hooks of saved tensors give back is no parameter."""
+    return getattr(weight, "main_grad", None)
+
+
+def add_gradient(buffer: Tensor | None, grad: Tensor, x: Tensor) -> Tensor | None:
+    """grad [..., n] and x [..., k] -> the gradient of a weight [n, k]; None: it is in its ``main_grad``, ``buffer``."""
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-    buffer = getattr(weight, "main_grad", None)
     if buffer is None:
         return grad.t() @ x
     if buffer.dtype == x.dtype:
@@ -57,6 +61,7 @@ class Linear(Upstream):
             return Upstream.forward(ctx, x, weight, bias, *rest)
         ctx.save_for_backward(x, weight)
         ctx.steady = steady(weight)
+        ctx.buffer = _buffer(weight)
         out = product(x, weight, ctx.steady)
         return out if bias is None else out.add_(bias)
 
@@ -68,7 +73,7 @@ class Linear(Upstream):
         (x, weight), grad, (of_x, of_weight, of_bias, *rest) = ctx.saved_tensors, grads[0], ctx.needs_input_grad
         return (
             product(grad, weight.t(), ctx.steady) if of_x else None,
-            add_gradient(weight, grad, x) if of_weight else None,
+            add_gradient(ctx.buffer, grad, x) if of_weight else None,
             grad.flatten(0, -2).sum(0) if of_bias else None,
             *(None for _ in rest),
         )
@@ -80,15 +85,15 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(ids, weight)
+        ctx.buffer = _buffer(weight)
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None]:
         ids, weight = ctx.saved_tensors
-        buffer = getattr(weight, "main_grad", None)
-        if buffer is None:
+        if ctx.buffer is None:
             return None, torch.ops.aten.embedding_dense_backward(grads[0], ids, len(weight), -1, False)
-        buffer.index_add_(0, ids.flatten(), grads[0].flatten(0, -2).to(buffer.dtype))
+        ctx.buffer.index_add_(0, ids.flatten(), grads[0].flatten(0, -2).to(ctx.buffer.dtype))
         return None, None
 
 
