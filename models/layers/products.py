@@ -34,7 +34,7 @@ def product(x: Tensor, weight: Tensor, by_onednn: bool = True) -> Tensor:
 
 
 def _buffer(weight: Tensor) -> Tensor | None:
-    """Where a weight's gradient goes; for the forward pass to ask: what saved tensors' hooks give back is no parameter."""
+    """Where a weight's gradient goes, for the forward pass to keep: after hooks of saved tensors its name is gone."""
     return getattr(weight, "main_grad", None)
 
 
