@@ -93,7 +93,10 @@ def test_a_finished_output_takes_further_prompts(
     assert output.read_text().split("\n")[:-1][:-1] == expected and len(expected) == 28
     more.write_text(lines.replace('"a"', '"b"', 1))
     assert main([*asked[:3], str(more), "--output", str(output), "--resume"]) == 1
-    assert "--resume: the output has id 'p0' with the prompt 'a', the input with 'b'" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--resume: the output has id 'p0' with the prompt 'a', the input with 'b'" in err
+    assert "out.jsonl: is finished; whether its rows were made with the same options is not known" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"more.jsonl", "out.jsonl"}, "a refusal leaves it as it was"
 
 
 def test_what_must_not_be_mixed_is_refused(

@@ -26,6 +26,7 @@ class Journal:
         """``settings``: all that decides a row besides its prompt."""
         self.rows: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
+        self._finished_bytes = 0  # of a finished file that gets further rows
         if target == "-":
             return
         self.target, self.partial = _paths(target)
@@ -50,8 +51,11 @@ class Journal:
         if self._about.exists():
             self._compare(settings)
         elif self.target.exists():
+            finished = self.target.read_bytes()
             self._file.truncate(0)
-            self._file.write(self.target.read_bytes())
+            self._write(finished)
+            self._finished_bytes = len(finished)
+            log.info("%s: is finished; whether its rows were made with the same options is not known", self.target)
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
@@ -81,7 +85,11 @@ class Journal:
             sys.stdout.write(line)
             sys.stdout.flush()
             return
-        rest = memoryview(line.encode("utf-8", "replace"))
+        self._write(line.encode("utf-8", "replace"))
+
+    def _write(self, content: bytes) -> None:
+        assert self._file is not None
+        rest = memoryview(content)
         with naming_full_disks(self.target):
             while rest:  # a nearly full disk takes a part
                 rest = rest[self._file.write(rest) :]
@@ -98,7 +106,7 @@ class Journal:
             os.replace(self.partial, self.target)
             self._about.unlink()
             fsync(self.target.parent)
-        elif self._file.seek(0, os.SEEK_END):
+        elif self._file.seek(0, os.SEEK_END) > self._finished_bytes:
             log.info("%s: has what was done; the same command with --resume goes on", self.partial)
         else:
             self.partial.unlink()
