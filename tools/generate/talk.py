@@ -129,7 +129,7 @@ def _show(piece: "Piece") -> None:
 
 def _typed() -> str | None:
     """A line of the user, with line editing on a terminal; None at the end."""
-    if sys.stdin.isatty():
+    if terminal := sys.stdin.isatty():
         import readline  # noqa: F401  input() then edits lines
 
         prompt = "> "
@@ -139,6 +139,11 @@ def _typed() -> str | None:
         return input(prompt)
     except EOFError:
         return None
+    except KeyboardInterrupt:
+        if not terminal:
+            raise
+        _tell("\n/exit or Ctrl-D leaves")  # meant for an answer that had just ended, it would cost the conversation
+        return ""
 
 
 def _tell(text: str) -> None:
