@@ -131,6 +131,7 @@ class _Parser(argparse_dataclass.ArgumentParser):
             raise ValueError(f"@file: {arg_line.strip()}: {error}; quote it as for a shell") from error
 
     def error(self, message: str) -> Never:  # type: ignore[misc]
+        message = f"@file: {message.partition('] ')[2]}" if message.startswith("[Errno ") else message
         tell_torchrun(line := f"{_label(self.prog)}: error: {message}")
         told = os.environ.get("LOCAL_RANK", "0") == "0"  # under torchrun, the first process of a node tells
         self.exit(USAGE, f"{line}\n" if told else None)

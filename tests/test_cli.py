@@ -134,7 +134,7 @@ USAGE = {  # arguments and what the last line of stderr says
     "not a number": (["in", "--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
     "not a choice": (["in", "--rate", "1", "--mode", "odd"], "invalid choice: 'odd'"),
     "refused by the options": (["in", "--rate", "1", "--times", "-1"], "error: --times must not be negative"),
-    "no such @file": (["@nowhere"], "No such file or directory: 'nowhere'"),
+    "no such @file": (["@nowhere"], "error: @file: No such file or directory: 'nowhere'"),
 }
 
 
