@@ -100,8 +100,8 @@ def test_less_memory_is_never_faster_and_ends_in_a_refusal(capfd: pytest.Capture
     ("words", "status", "told"),
     [
         (["--gpu", "H1000"], 1, "--gpu H1000: not known; known: A100-40GB, "),
-        (["--memory-gib", "80"], 1, "--memory-gib 80: a RTX-4090 has 24.0"),
-        (["--reserve-gib", "24"], 1, "--reserve-gib 24: nothing is left of 24.0 GiB"),
+        (["--memory-gib", "80"], 1, "--memory-gib 80: RTX-4090 has 24.0 GiB"),
+        (["--reserve-gib", "24"], 1, "--reserve-gib 24: nothing is left of 24 GiB"),
         (["--seq-length", "16384"], 1, "longer than max_position_embeddings of config.json, 8192"),
         (["--global-batch-size", "0"], 2, "--global-batch-size 0: must be at least 1"),
         (["--expert-load", "0.5"], 2, "--expert-load 0.5: must be at least 1"),
@@ -128,6 +128,24 @@ def test_what_cannot_be_planned_is_one_line(
 def test_an_unknown_model_names_those_that_are_known(capfd: pytest.CaptureFixture) -> None:
     status, rows, said = plans(capfd, "--model", "llama-4", "--gpus", 8)
     assert (status, rows) == (1, []) and "no name of: deepseek-v3, llama-3.1-70b" in said
+
+
+def test_a_plan_for_a_folder_with_weights_begins_with_them(
+    capfd: pytest.CaptureFixture, model: Path, tmp_path: Path
+) -> None:
+    small(capfd, model, "--output", tmp_path / "fresh.args")
+    assert f"\n--init-from {model / 'config.json'}\n" in (tmp_path / "fresh.args").read_text()
+    core = tmp_path / "core"
+    (core / "release" / "hf").mkdir(parents=True)
+    (core / "release" / ".metadata").touch()
+    (core / "latest_checkpointed_iteration.txt").write_text("release")
+    (core / "release" / "hf" / "config.json").write_bytes((model / "config.json").read_bytes())
+    small(capfd, core, "--output", tmp_path / "core.args")
+    (core / "release" / "hf" / "model.safetensors").touch()
+    small(capfd, core / "release" / "hf", "--output", tmp_path / "hf.args")
+    for name, weights in (("core.args", core), ("hf.args", core / "release" / "hf")):
+        written = (tmp_path / name).read_text()
+        assert f"\n--model {weights}\n" in written and "--init-from" not in written
 
 
 def test_the_file_it_writes_is_one_of_mp_pretrain(capfd: pytest.CaptureFixture, model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
+from megapatch.models import core_files
 from megapatch.models.cli import Common, UserError, opt, run
 from megapatch.tools.plan import machines, tell
 
@@ -44,7 +45,10 @@ class DoesNotFit(UserError):
 class Options(Common):
     """Plan a training run before it starts: enumerate layouts, drop what does not fit, rank the rest by a roofline."""
 
-    model: Path = opt("config.json, the folder that holds it, or the name of one in scripts/configs/models")
+    model: Path = opt(
+        "config.json, the folder that holds it, a core checkpoint, or the name of one in scripts/configs/models; where "
+        "there are weights, --output begins with them"
+    )
     gpu: str = opt(f"kind of GPU: {', '.join(machines.KNOWN)}", "H100")
     gpus: int = opt("GPUs in all")
     gpus_per_node: int = opt("GPUs that are joined within a node", 8)
@@ -100,18 +104,28 @@ def work(options: Options) -> None:
     log.info("%s ways tried, from %s traces; the best:\n%s", f"{seen:,}", traces, tell.as_table(rows))
     log.info("what binds: %s on rank %s", rows[0]["binding"]["what"], rows[0]["binding"]["rank"])
     if options.output is not None:
-        write(options.output, tell.as_file(found[0], asked, str(path)))
+        write(options.output, tell.as_file(found[0], asked, begins(options.model, path)))
 
 
 def model_file(given: Path) -> Path:
     """config.json itself (UserError where there is none)."""
+    if core_files.is_core(given):
+        return core_files.resolve(given) / core_files.HF_SUBFOLDER / "config.json"
     shipped = Path(__file__).resolve().parent.parent.parent / "scripts" / "configs" / "models"
     tried = [given, given / "config.json", shipped / f"{given}.json"]
     for path in tried:
         if path.is_file():
             return path
     names = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
-    raise UserError(f"--model {given}: no such file, no folder with config.json, and no name of: {names}")
+    raise UserError(
+        f"--model {given}: no such file, no folder with config.json, no core checkpoint, and no name of: {names}"
+    )
+
+
+def begins(given: Path, config: Path) -> list[str]:
+    """mp-pretrain's option: the weights of the folder that was given, or random ones where it has none."""
+    weights = core_files.is_core(given) or (given.is_dir() and any(given.glob("*.safetensors")))
+    return ["--model", str(given)] if weights else [tell.INIT, str(config)]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -138,9 +152,9 @@ def budget_bytes(options: Options) -> float:
     whole = machines.find(options.gpu).memory_bytes / GIB
     given = whole if options.memory_gib is None else options.memory_gib
     if given > whole:
-        raise UserError(f"--memory-gib {given:g}: a {options.gpu} has {whole:.1f}")
+        raise UserError(f"--memory-gib {given:g}: {options.gpu} has {whole:.1f} GiB; give less, or another --gpu")
     if given <= options.reserve_gib:
-        raise UserError(f"--reserve-gib {options.reserve_gib:g}: nothing is left of {given:.1f} GiB")
+        raise UserError(f"--reserve-gib {options.reserve_gib:g}: nothing is left of {given:.3g} GiB")
     return (given - options.reserve_gib) * GIB
 
 

@@ -1,6 +1,7 @@
 """Plans as a table for people, as JSON lines for machines, and the best as an @file for mp-pretrain. No torch."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from megapatch.tools.plan.ways import Asked
 
 GIB = 2**30
+INIT = "--init-from"
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
 
@@ -98,8 +100,11 @@ def short(row: dict[str, Any]) -> str:
     return (text + f" offload {row['offload_optimizer']:g}" * (row["offload_optimizer"] > 0)).strip()
 
 
-def as_file(plan: "Plan", asked: "Asked", model: str) -> str:
-    """The plan as an @file of mp-pretrain, without paths of data and what does not follow from it."""
+def as_file(plan: "Plan", asked: "Asked", model: Sequence[str]) -> str:
+    """The plan as an @file of mp-pretrain, without paths of data and what does not follow from it.
+
+    ``model`` is mp-pretrain's option that says where a run begins.
+    """
     about = [f"# {name} {version}" for name, version in versions().items()]
     gib = plan.total_bytes / GIB
     head = [
@@ -107,7 +112,11 @@ def as_file(plan: "Plan", asked: "Asked", model: str) -> str:
         f"{plan.stage * (asked.gpus // plan.choice.layout.pp)}, which needs most",
         "#   torchrun ... mp-pretrain @FILE --tokenizer TOKENIZER --data-path PREFIX --save RUN --train-iters N",
         *about,
-        shlex.join(["--init-from", model]),
+        *(
+            ["# --init-from: with random weights; --model DIR in its place: with those of a folder"]
+            * (model[0] == INIT)
+        ),
+        shlex.join(model),
         f"--world-size {asked.gpus}",
         f"--precision {asked.precision}",
         f"--seq-length {asked.seq_length}",
