@@ -7,6 +7,7 @@ memory of a device or of the host holds it, and it is free when the last saved t
 interleaved chunks and recomputation need nothing more.
 """
 
+import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from megapatch.trainer.offload.activation_options import PARTS, UNDER_WAY
 from megapatch.trainer.offload.activation_storage import Group, Link, Saved, Stored
 from megapatch.trainer.options import TrainOptions
 
+log = logging.getLogger(__name__)
+
 
 class Offload:
     """Sends what layers save to host memory and brings it back; one for all chunks of a process."""
@@ -39,6 +42,7 @@ class Offload:
         self.group: Group | None = None
         self.inside, self.passing = False, False
         self.shared: set[int] = set()  # storages that a block's caller holds
+        self.told = False
         self.fetched: Callable[[], None] = lambda: None  # called when a layer's activations were sent for
 
     def attach(self, block: Any, chosen: Iterable[int], modules: Sequence[str]) -> None:
@@ -140,10 +144,18 @@ class Offload:
         mine = self.measures()
         largest = torch.tensor(list(mine.values()), dtype=torch.float64, device=device)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        self._tell(largest[0].item())
         return {
             name: value if name.endswith("_s") else int(value)
             for name, value in zip(mine, largest.tolist(), strict=True)
         }
+
+    def _tell(self, out_bytes: float) -> None:
+        """After the first step say whether all of it was for nothing."""
+        if not self.told and not out_bytes:
+            least = f"{short(self.min_bytes)}B (--offload-activation-min-kib)"
+            log.info("--offload-activations: no tensor left the device: all that these layers keep is under %s", least)
+        self.told = True
 
 
 def start(options: TrainOptions, device: Device, models: Sequence[Any]) -> Offload | None:
