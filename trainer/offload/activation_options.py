@@ -85,7 +85,7 @@ class ActivationOptions:
         if first > most:
             raise UserError(
                 f"{flag}: a stage or chunk has {most + 1} layer{'s' * (most > 0)}, of which the last one stays on the "
-                f"device; give at most {most}, or ranges of layers"
+                f"device; {f'give at most {most}' if most else 'take fewer stages'}, or ranges of layers"
             )
         if named and max(named) > last:
             raise UserError(f"{flag}: the model's layers are 0 to {last}")
