@@ -165,7 +165,11 @@ BAD_BATCH: dict[str, tuple[Any, str]] = {
     "embeddings": (batch("x", {}, "/v1/embeddings"), "'/v1/embeddings'; expected POST and one of"),
     "streaming": (batch("x", {"messages": USER, "stream": True}), "stream True is not supported"),
     "no messages": (batch("x", {"prompt": "a"}), "no messages in the body"),
-    "an unknown field": (batch("x", {"messages": USER, "response_format": {}}), "'response_format' is not known"),
+    "an unknown field": (
+        batch("x", {"messages": USER, "response_format": {}}),
+        "field 'response_format' is not known in the body of /v1/chat/completions; leave it out",
+    ),
+    "an id of the body": (batch("x", {"messages": USER, "id": "y"}), "field 'id' is not known in the body of"),
     "many prompts": (batch("x", {"prompt": ["a", "b"]}, "/v1/completions"), "expected a list of integers"),
 }
 

@@ -49,6 +49,8 @@ def of_openai(line: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]
     for name, only in _ONLY.items():
         if said.pop(name, only) != only:
             raise BadLine(f"{where}: {name} {body[name]!r} is not supported; leave it out")
+    if unknown := sorted(set(said) - ({*FIELDS, *_RENAMED} - {"id"})):
+        raise BadLine(f"{where}: field {unknown[0]!r} is not known in the body of {url}; leave it out")
     if _ENDPOINTS[url] not in said:
         raise BadLine(f"{where}: no {_ENDPOINTS[url]} in the body of {url}")
     made = {"id": line["custom_id"], **{_RENAMED.get(name, name): value for name, value in said.items()}}
