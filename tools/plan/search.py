@@ -122,11 +122,14 @@ class Search:
 
     def _fitting(self, layout: Layout, samples: int) -> Iterator[Plan]:
         layers = len(self.asked.kinds) // layout.pp // layout.vpp
-        for again in reversed(ways_again(self.asked)):
+        nothing, *ways = ways_again(self.asked)
+        for again in (nothing, *reversed(ways)):
             choice = Choice(layout, samples, again)
             found = self.plan(choice)
             if self.fits(found):
                 yield found
+                if again == nothing:
+                    return  # nothing is faster
                 if again.full and (fewer := self.fewest(choice, "first", layers - 1)):
                     yield fewer
             elif self.asked.offload:
@@ -151,9 +154,8 @@ class Search:
         state = self.offloaded(found)
         layers = self.fewest(found.choice, "hosted", most)
         yield from (plan for plan in (state, layers) if plan)
-        if state is None and layers is None and most:
-            both = self.offloaded(self.plan(replace(found.choice, hosted=most)))
-            yield from [both] if both else []
+        if layers is None and most and (both := self.offloaded(self.plan(replace(found.choice, hosted=most)))):
+            yield both
 
     def offloaded(self, found: Plan) -> Plan | None:
         """With as little of the optimizer's state in host memory as fits, if all of it is enough."""
