@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 tests/plan_worker.py cases.json results.json
 
 cases.json: {name: mp-pretrain arguments}; results.json, written by rank 0: {name: [most bytes alive, most bytes in use
-of the pool of --offload-activations] of each rank}. Host memory, as Device.host_memory gives it, is not counted as
-alive: on a CPU its tensors look like those of the device. All cases share one process group: a second one would find
-the first one's addresses where processes leave them.
+of the pool of --offload-activations, numbers in megatron-core's buffers of gradients] of each rank}. Host memory, as
+Device.host_memory gives it, is not counted as alive: on a CPU its tensors look like those of the device. All cases
+share one process group: a second one would find the first one's addresses where processes leave them.
 """
 
 import json
@@ -32,17 +32,20 @@ from megapatch.trainer import loop, pretrain  # noqa: E402
 
 
 def measured(arguments: list[str]) -> list[list[int]]:
-    """The most bytes of tensors that each rank had at once in a training step, on the device and in its pool."""
+    """Of each rank: the most bytes of tensors at once in a training step, on the device and in its pool; numbers in its
+    buffers."""
     meter, step, pools = Meter(), loop.Trainer._one_step, set()
     host_memory, take = device.Device.host_memory, link.Pool.take
     every: list[list[int]] = []
-    most = 0
+    most = numbers = 0
 
     def counted(trainer: Any) -> None:
-        nonlocal most
+        nonlocal most, numbers
         meter.highest = meter.live
         step(trainer)
         most = max(most, meter.highest)
+        chunks = trainer.session.chunks
+        numbers = sum(b.grad_data.numel() for c in chunks for b in (*c.buffers, *c.expert_parallel_buffers))
 
     def outside(self: Any, nbytes: int) -> Tensor:
         with _disable_current_modes():
@@ -58,7 +61,7 @@ def measured(arguments: list[str]) -> list[list[int]]:
     def leave() -> None:
         if dist.is_initialized():  # not where the run was refused before it began
             every.extend([[]] * dist.get_world_size())
-            dist.all_gather_object(every, [most, max(pools, default=0)])
+            dist.all_gather_object(every, [most, max(pools, default=0), numbers])
         parallel_state.destroy_model_parallel()
 
     with ExitStack() as stack:

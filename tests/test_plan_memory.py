@@ -47,7 +47,7 @@ WORDS = {  # the same for mp-pretrain
     "up": "--recompute selective --recompute-modules mla_up_proj",
 }
 FIELDS: dict[str | None, dict[str, Any]] = {None: {}, "full": FULL, "mlp": MLP, "moe": MOE, "up": UP}
-HOSTED = ("offload_activations", "offload_activation_min_kib", "offload_link_gb_per_s")
+BESIDE = ("offload_activations", "offload_activation_min_kib", "offload_link_gb_per_s", "use_distributed_optimizer")
 ONE = [  # model, precision, micro-batch, recomputation, and what goes to host memory
     ("dense", "fp32", 4, None),
     ("dense", "bf16", 1, "mlp"),
@@ -70,6 +70,8 @@ ONE = [  # model, precision, micro-batch, recomputation, and what goes to host m
 ]
 TWO = [  # and what cuts the model over two processes
     ("dense", "bf16", 2, None, {"pp": 2}),
+    ("experts", "bf16", 4, None, {"ep": 2, "use_distributed_optimizer": True}),
+    ("dense", "bf16", 2, "full", {"use_distributed_optimizer": True}),
     ("experts", "bf16", 4, None, {"ep": 2}),
     ("dense", "bf16", 4, "mlp", {"tp": 2, "sequence_parallel": True}),
     ("tied", "fp32", 1, "full", {"pp": 2, "vpp": 2}),
@@ -79,14 +81,18 @@ TWO = [  # and what cuts the model over two processes
     ("deep", "bf16", 2, None, {"pp": 2, "vpp": 2, "offload_activations": 1, "offload_activation_min_kib": 64}),
 ]
 BATCH, LENGTH = 8, 256
-QUICK = {1: 3, 2: 1}  # processes: cases in the default suite
+SLOW_LINK = 0.03  # a copy may end while the head computes; then the plan has a layer too much
+QUICK = {1: 3, 2: 2}  # processes: cases in the default suite
 
 
-def planned(model: str, precision: Any, samples: int, again: str | None, layout: dict[str, Any], world: int) -> list:
-    """Bytes on a rank of each stage; copies to host memory are in time unless a slow link is emulated."""
+def planned(
+    model: str, precision: Any, samples: int, again: str | None, layout: dict[str, Any], world: int
+) -> list[tuple[stages.Need, int]]:
+    """Bytes on a rank of each stage, and numbers in its buffers; copies are in time unless a slow link is emulated."""
     hf, least = MODELS[model], layout.get("offload_activation_min_kib", 1024) << 10
     hosted = stages.Hosted(layout.get("offload_activations", 0), least, "offload_link_gb_per_s" not in layout)
-    layout = {name: size for name, size in layout.items() if name not in HOSTED}
+    divided = "use_distributed_optimizer" in layout
+    layout = {name: size for name, size in layout.items() if name not in BESIDE}
     own = {name: size for name, size in layout.items() if name not in ("pp", "vpp")}
     made = ModelOptions(parallel.Parallel(**own), CPU, precision, LENGTH, FIELDS[again])
     pp, batch = layout.get("pp", 1), trace.Batch(LENGTH, samples)
@@ -96,7 +102,8 @@ def planned(model: str, precision: Any, samples: int, again: str | None, layout:
     cut = replace(cut, etp=layout.get("etp", cut.tp))
     kinds, count = trace.layer_kinds(hf), BATCH // samples // cut.copies
     parts = [stages.stage_of(cut, n, kinds, [found], precision, hosted=hosted) for n in range(pp)]
-    return [replace(part, distributed=False).need(count) for part in parts]
+    parts = [replace(part, distributed=divided) for part in parts]
+    return [(part.need(count), sum(part.parameters) + part.padding) for part in parts]
 
 
 def cases(rows: list) -> dict[str, list[str]]:
@@ -105,7 +112,7 @@ def cases(rows: list) -> dict[str, list[str]]:
     for model, precision, samples, again, *rest in rows:
         words = f"--precision {precision} --micro-batch-size {samples} {WORDS[again]} "
         for name, size in (rest[0] if rest else {}).items():
-            words += "--sequence-parallel " if name == "sequence_parallel" else f"--{name.replace('_', '-')} {size} "
+            words += f"--{name.replace('_', '-')} " + f"{size} " * (size is not True)
         made[name_of(model, precision, samples, again, *rest)] = words.split()
     return made
 
@@ -160,22 +167,24 @@ def parameters(processes: int) -> list:
 
 @pytest.mark.parametrize(("case", "quick"), parameters(1))
 def test_a_process_holds_what_was_planned(found: Callable, case: tuple, quick: bool) -> None:
-    need = planned(*case[:4], dict(*case[4:]), 1)[0]
-    bytes_, pool = found(quick, 1)[name_of(*case)][0]
+    need, numbers = planned(*case[:4], dict(*case[4:]), 1)[0]
+    bytes_, pool, buffers = found(quick, 1)[name_of(*case)][0]
     print(f"planned {need.total:,}, measured {bytes_:,}, ratio {need.total / bytes_:.4f}: {need}, pool {pool:,}")
-    assert need.total == pytest.approx(bytes_, rel=0.02)
+    assert need.total == pytest.approx(bytes_, rel=SLOW_LINK if "offload_link_gb_per_s" in str(case) else 0.02)
     assert 8 / 9 * need.host <= pool <= need.host
+    assert numbers == buffers
 
 
 @pytest.mark.parametrize(("case", "quick"), parameters(2))
 def test_ranks_hold_what_was_planned(found: Callable, case: tuple, quick: bool) -> None:
     needs = planned(*case, 2)
-    for rank, (bytes_, pool) in enumerate(found(quick, 2)[name_of(*case)]):
-        need = needs[rank if len(needs) == 2 else 0]
+    for rank, (bytes_, pool, buffers) in enumerate(found(quick, 2)[name_of(*case)]):
+        need, numbers = needs[rank if len(needs) == 2 else 0]
         ratio = need.total / bytes_
         print(f"rank {rank} planned {need.total:,}, measured {bytes_:,}, ratio {ratio:.4f}: {need}, pool {pool:,}")
         assert need.total == pytest.approx(bytes_, rel=0.05)
         assert 8 / 9 * need.host <= pool <= need.host
+        assert numbers == buffers
 
 
 def sums() -> list:
