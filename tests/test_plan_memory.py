@@ -71,7 +71,7 @@ ONE = [  # model, precision, micro-batch, recomputation, and what goes to host m
 TWO = [  # and what cuts the model over two processes
     ("dense", "bf16", 2, None, {"pp": 2}),
     ("experts", "bf16", 4, None, {"ep": 2, "use_distributed_optimizer": True}),
-    ("dense", "bf16", 2, "full", {"use_distributed_optimizer": True}),
+    ("dense", "bf16", 4, None, {"use_distributed_optimizer": True}),
     ("experts", "bf16", 4, None, {"ep": 2}),
     ("dense", "bf16", 4, "mlp", {"tp": 2, "sequence_parallel": True}),
     ("tied", "fp32", 1, "full", {"pp": 2, "vpp": 2}),
