@@ -4,8 +4,9 @@
 
 cases.json: {name: mp-pretrain arguments}; results.json, written by rank 0: {name: [most bytes alive, most bytes in use
 of the pool of --offload-activations, numbers in megatron-core's buffers of gradients] of each rank}. Host memory, as
-Device.host_memory gives it, is not counted as alive: on a CPU its tensors look like those of the device. All cases
-share one process group: a second one would find the first one's addresses where processes leave them.
+Device.host_memory gives it, is not counted as alive: on a CPU its tensors look like those of the device. A copy over a
+link without an emulated rate has ended when it began, or what is alive would depend on how busy the machine is. All
+cases share one process group: a second one would find the first one's addresses where processes leave them.
 """
 
 import json
@@ -35,7 +36,7 @@ def measured(arguments: list[str]) -> list[list[int]]:
     """Of each rank: the most bytes of tensors at once in a training step, on the device and in its pool; numbers in its
     buffers."""
     meter, step, pools = Meter(), loop.Trainer._one_step, set()
-    host_memory, take = device.Device.host_memory, link.Pool.take
+    host_memory, take, copy = device.Device.host_memory, link.Pool.take, link.ThreadLane.copy
     every: list[list[int]] = []
     most = numbers = 0
 
@@ -52,6 +53,12 @@ def measured(arguments: list[str]) -> list[list[int]]:
             memory = host_memory(self, nbytes)
         meter.know([memory])
         return memory
+
+    def copied(lane: Any, *ends: Any) -> Any:
+        made = copy(lane, *ends)
+        if lane.bytes_per_s is None:
+            made.ended.result()
+        return made
 
     def taken(pool: Any, nbytes: int) -> Any:
         buffer = take(pool, nbytes)
@@ -71,6 +78,7 @@ def measured(arguments: list[str]) -> list[list[int]]:
             (loop.Trainer, "_one_step", counted),
             (device.Device, "host_memory", outside),
             (link.Pool, "take", taken),
+            (link.ThreadLane, "copy", copied),
         ):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         assert pretrain.main(arguments) == 0

@@ -63,8 +63,8 @@ ONE = [  # model, precision, micro-batch, recomputation, and what goes to host m
     ("dense", "bf16", 4, "full", {"offload_activations": 2, "offload_activation_min_kib": 64}),
     ("dense", "bf16", 4, None, {"offload_activations": 3, "offload_activation_min_kib": 64}),
     ("dense", "fp32", 4, "mlp", {"offload_activations": 3}),
-    ("deep", "bf16", 4, None, {"offload_activations": 7, "offload_link_gb_per_s": 0.05}),
-    ("deep", "bf16", 4, None, {"offload_activations": 4, "offload_link_gb_per_s": 0.05}),
+    ("deep", "bf16", 4, None, {"offload_activations": 7, "offload_link_gb_per_s": 0.01}),
+    ("deep", "bf16", 4, None, {"offload_activations": 4, "offload_link_gb_per_s": 0.01}),
     ("experts", "bf16", 4, None, {"offload_activations": 3, "offload_activation_min_kib": 64}),
     ("latent", "bf16", 4, "up", {"offload_activations": 2, "offload_activation_min_kib": 64}),
 ]
@@ -81,7 +81,7 @@ TWO = [  # and what cuts the model over two processes
     ("deep", "bf16", 2, None, {"pp": 2, "vpp": 2, "offload_activations": 1, "offload_activation_min_kib": 64}),
 ]
 BATCH, LENGTH = 8, 256
-SLOW_LINK = 0.03  # a copy may end while the head computes; then the plan has a layer too much
+SLOW_LINK = 0.03  # where copies end while the head computes, the plan has a layer too much
 QUICK = {1: 3, 2: 2}  # processes: cases in the default suite
 
 
