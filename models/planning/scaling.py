@@ -3,9 +3,10 @@
 Not from one of a single sample, whose tensors need fewer copies to be contiguous.
 """
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 from megapatch.models.planning.meter import Sent, Work
+from megapatch.models.planning.saved import Saved
 from megapatch.models.planning.trace import Traced
 
 GROWING = ("kept", "forward", "backward", "left")
@@ -17,10 +18,11 @@ def scaled(one: Traced, two: Traced, steps: float) -> Traced | None:
     for name, first in one.pieces.items():
         second = two.pieces[name]
         works = [_scaled(getattr(first, part), getattr(second, part), steps) for part in WORKS]
-        if None in works:
+        if None in works or len(first.saved) != len(second.saved):
             return None
         sizes = {part: _line(getattr(first, part), getattr(second, part), steps) for part in GROWING}
-        pieces[name] = replace(first, **sizes, **dict(zip(WORKS, works, strict=True)))  # type: ignore[arg-type]
+        saved = tuple(_saved(a, b, steps) for a, b in zip(first.saved, second.saved, strict=True))
+        pieces[name] = replace(first, **sizes, **dict(zip(WORKS, works, strict=True)), saved=saved)  # type: ignore[arg-type]
     return Traced(pieces, _line(one.shared, two.shared, steps), one.tied)
 
 
@@ -29,6 +31,10 @@ WORKS = ("forward_work", "backward_work")
 
 def _line(one: int, two: int, steps: float) -> int:
     return round(one + (two - one) * steps)
+
+
+def _saved(one: Saved, two: Saved, steps: float) -> Saved:
+    return Saved(*(_line(a, b, steps) for a, b in zip(astuple(one), astuple(two), strict=True)))
 
 
 def _scaled(one: Work, two: Work, steps: float) -> Work | None:

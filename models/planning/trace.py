@@ -4,6 +4,7 @@ A piece is what comes before the first layer, a layer of each kind, or what come
 a stage of any depth are sums over its pieces: ``stages.py``.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from megapatch.models.family import HfConfig, find
 from megapatch.models.layers.attention import window_of
 from megapatch.models.planning.groups import pretending
 from megapatch.models.planning.meter import Meter, Segment, Work, replaced
+from megapatch.models.planning.saved import Saved, Watch
 from megapatch.models.planning.stand_ins import converted, standing_in, workspace
 
 BEFORE, AFTER = "before", "after"  # the layers of the first and of the last stage
@@ -41,7 +43,8 @@ class Batch:
 class Piece:
     """Of one micro-batch: bytes it keeps from forward to backward pass; the most it has in each above what was there
     when its forward pass began; what stays in its modules until they run again; its parameters, those of them that are
-    experts', numbers that pad them in buffers, and the largest tensor's; the work of each pass."""
+    experts', numbers that pad them in buffers, and the largest tensor's; the work of each pass; what a layer saved that
+    could wait in host memory (of the piece before the layers: what of that its caller holds)."""
 
     kept: int
     forward: int
@@ -53,6 +56,7 @@ class Piece:
     largest: int
     forward_work: Work = field(compare=False)
     backward_work: Work = field(compare=False)
+    saved: tuple[Saved, ...] = ()
 
 
 def layer_kinds(hf: HfConfig) -> list[str]:
@@ -100,7 +104,9 @@ def trace(hf: HfConfig, made: ModelOptions, batch: Batch, *, alone: bool = True)
         if not alone:
             ends = measured(model, meter, batch, False)
             # what came and went is held by the schedule, and nothing of it stays
-            found |= {RECEIVED: replace(ends[0], left=0), SENT: replace(ends[-1], left=0)}
+            given = Counter(found[names[1]].saved) - Counter(ends[1].saved)
+            received = replace(ends[0], left=0, saved=tuple(given.elements()))
+            found |= {RECEIVED: received, SENT: replace(ends[-1], left=0)}
         again = model.share_embeddings_and_output_weights
         tied = model.embedding.word_embeddings.weight.numel() if again else 0
     return Traced(found, meter.shared, tied)
@@ -161,15 +167,19 @@ def measured(model: Any, meter: Meter, batch: Batch, alone: bool) -> list[Piece]
     if last is not None:
         hooks.append(last.register_forward_pre_hook(_marking(meter, len(model.decoder.layers)), with_kwargs=True))
     meter.segments.clear()
+    watch = Watch([*model.parameters(), *model.buffers()])
     try:
-        with meter:
+        with watch.watching(model.decoder), meter:
             _run(model, meter, batch)
             meter.end()
     finally:
         for hook in hooks:
             hook.remove()
         _become(model, *ends)
-    return _pieces(meter.segments, _counts(model, alone))
+    pieces = _pieces(meter.segments, _counts(model, alone))
+    layers = watch.layers[: len(model.decoder.layers)]
+    middle = [replace(piece, saved=saved) for piece, saved in zip(pieces[1:-1], layers, strict=True)]
+    return [pieces[0], *middle, pieces[-1]]
 
 
 def _become(model: Any, first: bool, last: bool, norm: Any) -> None:

@@ -62,7 +62,7 @@ class Options(Common):
     global_batch_size: int = opt("samples per optimizer step", 256)
     precision: Literal["bf16"] = opt("of weights and activations", "bf16")
     expert_load: float = opt("tokens of the busiest rank of experts, as a multiple of an even share", 1.0)
-    no_offload: bool = opt("only plans that keep all optimizer state on the GPU", False)
+    no_offload: bool = opt("only plans that keep optimizer state and activations on the GPU", False)
     top: int = opt("plans to print, one for each layout", 5)
     workers: Optional[int] = opt("processes that plan, if not one for each CPU", None)
     output: Optional[Path] = opt("write the best plan as an @file for mp-pretrain", None)

@@ -1,16 +1,16 @@
 """How fast a step can be at best: each operator as slow as its arithmetic or its memory traffic, whichever is slower.
 
 Communication of --tp, --cp and --ep stands in the way of computation, as it does without Transformer Engine; gradients
-are reduced and weights gathered beside the passes of a micro-batch; a pipeline is idle while it fills and empties. What
-is offloaded moves beside computation as far as there is any. Rates are peaks: no run is as fast, and plans are compared
-by their ratio.
+are reduced and weights gathered beside the passes of a micro-batch; a pipeline is idle while it fills and empties.
+Activations go to host memory and back beside the layers that compute meanwhile, which wait for the rest. Rates are
+peaks: no run is as fast, and plans are compared by their ratio.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
 from megapatch.models.planning.meter import Work
-from megapatch.models.planning.stages import GRADIENT, WIDTH, Layout, Stage
+from megapatch.models.planning.stages import GRADIENT, UNDER_WAY, WIDTH, Chunk, Layout, Stage
 from megapatch.models.planning.trace import Piece
 from megapatch.tools.plan.machines import ADAM_BYTES, Machine
 
@@ -28,7 +28,7 @@ class Speed:
     bubble: float
     reduction: float  # of gradients and weights, that no computation hides
     optimizer: float
-    copies: float  # to and from host memory, that no computation hides
+    copies: float  # of activations to and from host memory, that no computation hides
 
     @property
     def step(self) -> float:
@@ -63,9 +63,8 @@ def speed(
     boundary_bytes: int,
     *,
     offloaded: float = 0.0,
-    copied: int = 0,
 ) -> Speed:
-    """Of a step with ``count`` micro-batches; ``boundary_bytes`` go from stage to stage, ``copied`` to the host."""
+    """Of a step with ``count`` micro-batches; ``boundary_bytes`` go from stage to stage."""
     layout = parts[0].layout
     times = [pass_time([p for chunk in part.chunks for p in chunk.pieces], machine, node) for part in parts]
     forward, backward, sent = max(times, key=sum)
@@ -79,8 +78,24 @@ def speed(
         idle,
         max(_reduction(part, machine, node, forward, backward) for part in parts),
         max(_step(part, machine, node, offloaded) for part in parts),
-        count * max(0.0, 2 * copied / machine.host_link - (forward + backward)),
+        count * max(sum(_waited(chunk, machine, node) for chunk in part.chunks) for part in parts),
     )
+
+
+def in_time(piece: Piece, machine: Machine, node: int) -> bool:
+    """Whether a layer's activations go to host memory no slower than such a layer goes forward."""
+    copied = sum(each.host for each in piece.saved)
+    return copied / machine.host_link <= sum(work_time(piece.forward_work, machine, node))
+
+
+def _waited(chunk: Chunk, machine: Machine, node: int) -> float:
+    """Seconds that a micro-batch waits for activations: the layers after the first that leaves hide the copies out, up
+    to those under way at the end; each layer that goes backward hides what comes back for the one before it."""
+    seconds, last = chunk.host / machine.host_link, chunk.hosted.layers + 1
+    out, back = chunk.pieces[2 : last + UNDER_WAY], chunk.pieces[2 : last + 1]
+    ahead = sum(sum(work_time(piece.forward_work, machine, node)) for piece in out)
+    behind = sum(sum(work_time(piece.backward_work, machine, node)) for piece in back)
+    return max(0.0, seconds - ahead) + max(0.0, seconds - behind)
 
 
 def _reduction(part: Stage, machine: Machine, node: int, forward: float, backward: float) -> float:

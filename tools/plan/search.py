@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from megapatch.models.build import ModelOptions
 from megapatch.models.planning.scaling import scaled
-from megapatch.models.planning.stages import WIDTH, Layout, Need, Stage, stage_of
+from megapatch.models.planning.stages import WIDTH, Hosted, Layout, Need, Stage, stage_of
 from megapatch.models.planning.trace import Batch, Traced, trace
-from megapatch.tools.plan.roofline import Speed, speed
+from megapatch.tools.plan.roofline import Speed, in_time, speed
 from megapatch.tools.plan.ways import Again, Asked, divisors, parallel, ways_again
 
 LARGEST_VPP = 8
@@ -18,12 +18,14 @@ FRACTIONS = 20  # --offload-optimizer in steps of a twentieth
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to run: ``first`` layers of each chunk are computed again, if not all."""
+    """A way to run: ``first`` layers of each chunk are computed again, if not all; the activations of the first
+    ``hosted`` of each chunk, and a share of the optimizer's state, are in host memory."""
 
     layout: Layout
     samples: int
     again: Again = Again()
     first: int | None = None
+    hosted: int = 0
     offloaded: float = 0.0
 
 
@@ -36,6 +38,7 @@ class Plan:
     speed: Speed
     total_bytes: int  # of the stage that needs most, with slack
     stage: int  # that one
+    copied: int  # to host memory by a micro-batch on the stage that sends most
 
 
 class Search:
@@ -71,8 +74,13 @@ class Search:
         if choice.first is not None:
             first = choice.first
             traced = [self.traced(choice.layout, choice.samples, Again()), *traced]
-        made = range(choice.layout.pp)
-        return [stage_of(choice.layout, n, self.asked.kinds, traced, self.asked.precision, first=first) for n in made]
+        asked, layout = self.asked, choice.layout
+        layers = [each.pieces[kind] for each in traced for kind in set(asked.kinds)]
+        hosted = Hosted(choice.hosted, in_time=all(in_time(layer, asked.machine, asked.node) for layer in layers))
+        return [
+            stage_of(layout, n, asked.kinds, traced, asked.precision, first=first, hosted=hosted)
+            for n in range(layout.pp)
+        ]
 
     def plan(self, choice: Choice) -> Plan:
         """What a choice needs, and how fast it is."""
@@ -84,7 +92,8 @@ class Search:
         boundary = tokens // layout.tp * asked.config["hidden_size"] * WIDTH[asked.precision]
         timed = speed(parts, count, asked.machine, asked.node, boundary, offloaded=choice.offloaded)
         most = max(totals)
-        found = Plan(choice, needs, timed, most, totals.index(most))
+        copied = max(sum(chunk.host for chunk in part.chunks) for part in parts)
+        found = Plan(choice, needs, timed, most, totals.index(most), copied)
         self.seen += 1
         if self.least is None or found.total_bytes < self.least.total_bytes:
             self.least = found
@@ -112,31 +121,41 @@ class Search:
                 return  # nor do more samples fit
 
     def _fitting(self, layout: Layout, samples: int) -> Iterator[Plan]:
-        for again in reversed(ways_again(self.asked)):
-            found = self.plan(Choice(layout, samples, again))
+        layers = len(self.asked.kinds) // layout.pp // layout.vpp
+        nothing, *ways = ways_again(self.asked)
+        for again in (nothing, *reversed(ways)):
+            choice = Choice(layout, samples, again)
+            found = self.plan(choice)
             if self.fits(found):
                 yield found
-                if again.full:
-                    yield from self.fewest_layers(found)
-            elif self.asked.offload and (moved := self.offloaded(found)):
-                yield moved
+                if again == nothing:
+                    return  # nothing is faster
+                if again.full and (fewer := self.fewest(choice, "first", layers - 1)):
+                    yield fewer
+            elif self.asked.offload:
+                yield from self.away(found, layers - 1)
             elif again.full:
                 return  # nothing needs less
 
-    def fewest_layers(self, found: Plan) -> Iterator[Plan]:
-        """With as few layers computed again as fit."""
-        choice = found.choice
-        low, high = 0, len(self.asked.kinds) // choice.layout.pp // choice.layout.vpp
-        best = None
+    def fewest(self, choice: Choice, name: str, most: int) -> Plan | None:
+        """With ``name`` of the choice 1 to ``most``, each of which needs less of the GPU: the first that fits."""
+        low, high, best = 0, most + 1, None
         while low + 1 < high:
             middle = (low + high) // 2
-            tried = self.plan(replace(choice, first=middle))
-            if self.fits(tried):
+            tried = self.plan(replace(choice, **{name: middle}))  # type: ignore[arg-type]
+            if tried.total_bytes <= self.asked.budget_bytes:
                 high, best = middle, tried
             else:
                 low = middle
-        if best is not None:
-            yield best
+        return best if best and self.fits(best) else None
+
+    def away(self, found: Plan, most: int) -> Iterator[Plan]:
+        """With as little in host memory as fits: of the optimizer's state, of activations, or of both."""
+        state = self.offloaded(found)
+        layers = self.fewest(found.choice, "hosted", most)
+        yield from (plan for plan in (state, layers) if plan)
+        if layers is None and most and (both := self.offloaded(self.plan(replace(found.choice, hosted=most)))):
+            yield both
 
     def offloaded(self, found: Plan) -> Plan | None:
         """With as little of the optimizer's state in host memory as fits, if all of it is enough."""

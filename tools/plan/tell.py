@@ -31,6 +31,7 @@ def words(plan: "Plan") -> list[str]:
         found += [f"--recompute-layers {choice.first}"] * (choice.first is not None)
     elif choice.again.parts:
         found += ["--recompute selective", f"--recompute-modules {' '.join(choice.again.parts)}"]
+    found += [f"--offload-activations {choice.hosted}"] * (choice.hosted > 0)
     found += [f"--offload-optimizer {choice.offloaded:g}"] * (choice.offloaded > 0)
     return found
 
@@ -49,6 +50,8 @@ def as_json(plan: "Plan", asked: "Asked", number: int) -> dict[str, Any]:
         "recompute": "full" if choice.again.full else "selective" if choice.again.parts else "none",
         "recompute_modules": list(choice.again.parts),
         "recompute_layers": choice.first,
+        "offload_activations": choice.hosted,
+        "offload_activations_bytes": plan.copied,
         "offload_optimizer": choice.offloaded,
         "total_bytes": plan.total_bytes,
         "budget_bytes": round(asked.budget_bytes),
@@ -97,7 +100,8 @@ def short(row: dict[str, Any]) -> str:
         row["recompute"], f" recompute {' '.join(row['recompute_modules'])}"
     )
     text += f" ({row['recompute_layers']} layers)" * (row["recompute_layers"] is not None)
-    return (text + f" offload {row['offload_optimizer']:g}" * (row["offload_optimizer"] > 0)).strip()
+    text += f" offload activations {row['offload_activations']}" * (row["offload_activations"] > 0)
+    return (text + f" offload optimizer {row['offload_optimizer']:g}" * (row["offload_optimizer"] > 0)).strip()
 
 
 def as_file(plan: "Plan", asked: "Asked", model: Sequence[str]) -> str:
