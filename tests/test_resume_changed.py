@@ -11,13 +11,13 @@ from megapatch.trainer.saving import changes
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 5 steps that was killed after its third, one after its checkpoint, and went on."""
+    """A run of 5 steps that was killed after its fourth, two after its checkpoint, and went on."""
     made = tmp_path_factory.mktemp("changed")
     corpus(made)
     model(made, "dense")
-    words = f"--save-interval 2 --train-iters 5 --tensorboard {made / 'board'} --split 80,20 --eval-interval 2"
+    words = f"--save-interval 2 --train-iters 5 --tensorboard {made / 'board'} --split 80,20 --eval-interval 1"
     given = arguments(made, "dense", "run", words)
-    runs = launch(1, {"killed": {"arguments": given, "kill": {"step": 3}}, "rest": given}, made)
+    runs = launch(1, {"killed": {"arguments": given, "kill": {"save": 4}}, "rest": given}, made)
     assert error(runs["killed"]) == "killed by signal 9"
     assert [step for step, *_ in steps(runs["rest"])] == [3, 4, 5]
     return made
@@ -26,11 +26,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tensorboard_shows_each_step_of_a_killed_run_once(folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert [r["step"] for r in log_of(folder / "run") if r["event"] == "train"] == [1, 2, 3, 3, 4, 5]
+    assert [r["step"] for r in log_of(folder / "run") if r["event"] == "train"] == [1, 2, 3, 4, 3, 4, 5]
     board = EventAccumulator(str(folder / "board"))
     board.Reload()
     for tag in board.Tags()["scalars"]:
-        expected = [0, 2, 4] if tag.startswith("eval/") else [1, 2, 3, 4, 5]
+        expected = [0, 1, 2, 3, 4, 5] if tag.startswith("eval/") else [1, 2, 3, 4, 5]
         assert [point.step for point in board.Scalars(tag)] == expected, tag
 
 
