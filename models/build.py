@@ -22,6 +22,7 @@ from megapatch.models.family import (
     inverse_frequencies,
     max_positions,
     positions,
+    refuse_length,
     tied_embeddings,
     vocab_size,
 )
@@ -87,15 +88,13 @@ def build(hf: HfConfig, options: ModelOptions) -> list[torch.nn.Module]:
 
 
 def _chunk(hf: HfConfig, config: TransformerConfig, options: ModelOptions, stage: int | None) -> GPTModel:
-    longest, length = max_positions(hf), options.seq_length
-    if longest and length and length > longest:
-        raise UserError(f"--seq-length {length} is longer than max_position_embeddings of config.json, {longest}")
+    refuse_length(hf, options.seq_length)
     vocab, kind, modules = vocab_size(hf), positions(hf), spec.resolve(find(hf).modules(hf))
     model = Model(
         config,
         spec.block_spec(config, modules, options.device.transformer_engine, stage),
         vocab_size=padded_vocabulary(vocab, options.parallel.tp),
-        max_sequence_length=longest or 0,  # rows of learned positions; nothing else reads it
+        max_sequence_length=max_positions(hf) or 0,  # rows of learned positions; nothing else reads it
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         share_embeddings_and_output_weights=tied_embeddings(hf),

@@ -150,6 +150,13 @@ def max_positions(hf: HfConfig) -> int | None:
     return source(hf) if callable(source) else next((hf[key] for key in source.split("|") if hf.get(key)), None)
 
 
+def refuse_length(hf: HfConfig, length: int | None) -> None:
+    """UserError where --seq-length is more than the model was made for."""
+    longest = max_positions(hf)
+    if longest and length and length > longest:
+        raise UserError(f"--seq-length {length} is longer than max_position_embeddings of config.json, {longest}")
+
+
 def placed_rules(hf: HfConfig) -> list[Placed]:
     """Every weight of the model that a config.json describes: the exact set, no more and no less."""
     family = find(hf)

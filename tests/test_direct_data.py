@@ -64,6 +64,33 @@ def test_the_bytes_are_those_of_mp_preprocess(folder: Path, tmp_path: Path, name
         path.unlink()
 
 
+EARLY = {  # arguments beside --data {}/a.jsonl -> what is said
+    "--seq-length 128": "--seq-length 128 is longer than max_position_embeddings of config.json, 64",
+    "--global-batch-size 3": "--global-batch-size 3 is not divisible",
+    "--recompute full --recompute-layers 5": "--recompute-layers 5: a stage or chunk has 4 layers",
+    "--recompute selective --recompute-modules moe": "--recompute-modules moe: the model of config.json has no experts",
+    "--moe-z-loss-coeff 1": "--moe-z-loss-coeff: the model of config.json has no experts",
+    "--mtp-loss-weight 0.1": "--mtp-loss-weight: the model of config.json has no layers for multi-token prediction",
+    "--device-memory-gib 0.001": "--device-memory-gib 0.001: the estimate is ",
+    "--lora-rank 2 --lora-targets w1": "--lora-targets w1: the model has ",
+    "--offload-activations 9": "--offload-activations 9: a stage or chunk has 4 layers",
+    "--wandb project": "pip install 'megapatch[wandb]'",
+    "--fp8 hybrid --precision bf16": "only Transformer Engine multiplies in FP8",
+    "--test-data {}/none.jsonl": "none.jsonl: no such file",
+}
+
+
+@pytest.mark.parametrize("extra", EARLY)
+def test_what_config_json_and_options_decide_is_refused_before_files_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], extra: str
+) -> None:
+    monkeypatch.setattr(made_data, "_run", lambda command, lock: pytest.fail("read"))
+    given = words(folder, tmp_path, "--data {}/a.jsonl", f"--data-cache-path {tmp_path}/cache")
+    assert main([*given, *extra.replace("{}", str(folder)).split()]) != 0
+    assert EARLY[extra] in capfd.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def losses(save: Path) -> list[tuple[str, float]]:
     return [(r["event"], r["loss"]) for r in log_of(save) if r["event"] in ("train", "eval", "test")]
 

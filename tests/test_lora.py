@@ -254,7 +254,7 @@ REFUSED = {  # what: (arguments of mp-pretrain, exit status, part of the message
     "rank of none": ("--lora-rank 0", 2, "--lora-rank 0: must be at least 1"),
     "unknown layer": ("--lora-rank 2 --lora-targets w1", 1, "--lora-targets w1: the model has down_proj, gate_proj"),
     "another rank": (LORA.replace("rank 4", "rank 2") + " --train-iters 6", 1, "--lora-rank was 4, now 2"),
-    "no adapters": ("--train-iters 6", 1, "--lora-alpha was 8.0, now None"),
+    "no adapters": ("--train-iters 6", 1, "--lora-rank was 4 and is not given now: "),
 }
 
 

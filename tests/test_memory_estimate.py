@@ -59,7 +59,7 @@ def test_the_estimate_is_what_training_allocates(folder: Path, tmp_path: Path, s
         words += [flag, str(folder / name)]
     options = cli.parser(PretrainOptions, prog="mp-pretrain").parse_args(words)
     plan = make_plan(options)
-    estimate = plan.describe(options).memory[0].total_bytes
+    estimate = plan.described.memory[0].total_bytes
     kinds = [torch.profiler.ProfilerActivity.CPU]
     gc.collect()  # of runs before this one in the same process
     try:

@@ -30,7 +30,7 @@ def test_a_patch_replaces_the_source_it_was_written_for(target: str) -> None:
     patch = Patch(target, ours, source_hash(upstream), "why")
     patch.apply()
     patch.apply()  # again is harmless
-    owner, name = patch.owner()
+    owner, name = patch.upstream.owner()
     assert getattr(owner, name)(1) == 3
 
 
@@ -38,8 +38,24 @@ def test_a_changed_upstream_is_refused_by_name_and_left_alone(target: str) -> No
     patch = Patch(target, ours, "0" * 12, "because of this")
     with pytest.raises(cli.UserError, match=r"somewhere_upstream:Owner.method: changed upstream .*because of this"):
         patch.apply()
-    owner, name = patch.owner()
+    owner, name = patch.upstream.owner()
     assert getattr(owner, name)(1) == 2
+
+
+def test_a_checkpoint_is_not_written_by_an_upstream_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device.start()
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from megapatch.trainer.saving import writing
+
+    assert writing.one_file() is FileSystemWriterAsync.write_preloaded_data.__wrapped__
+    for name in ("write_preloaded_data", "get_save_function_and_args"):
+        with monkeypatch.context() as changed:
+            changed.setattr(FileSystemWriterAsync, name, ours)
+            writing.one_file.cache_clear()
+            with pytest.raises(cli.UserError, match=rf"FileSystemWriterAsync\.{name}: changed upstream"):
+                writing.one_file()
+    writing.one_file.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the redirection is for machines without a GPU")

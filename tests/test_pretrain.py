@@ -47,6 +47,11 @@ REFUSED = {  # what: (options, exit status, part of the message)
     "experts of a dense model": ("--ep 2", 1, "--ep 2: the model of config.json has no experts"),
     "more processes than there are": ("--tp 2", 1, "does not divide the number of processes, 1"),
     "sequences too long": ("--seq-length 128", 1, "--seq-length 128 is longer than max_position_embeddings"),
+    "more layers again than there are": (
+        "--recompute full --recompute-layers 5",
+        1,
+        "--recompute-layers 5: a stage or chunk has 4 layers; give at most 4, or leave it away for all",
+    ),
     "no data": ("--data-path DIR/none", 1, "none.idx: no such file"),
     "no model": ("--model DIR/none", 1, "none"),
     "no tokenizer": ("--tokenizer DIR/none", 1, "none: no such folder; expected one with tokenizer.json"),

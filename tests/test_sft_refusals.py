@@ -72,6 +72,26 @@ def test_it_is_refused_in_one_line(folder: Path, capfd: pytest.CaptureFixture[st
     assert not list((folder / "refused").glob("iter_*"))
 
 
+BALANCED = "--moe-aux-loss seq_aux_loss --moe-aux-loss-coeff 0.01"
+TOLD = {  # options -> is it said that experts are balanced over more than a conversation?
+    f"{BALANCED} --micro-batch-size 2": True,
+    f"{BALANCED} --no-packing": False,
+    "--moe-aux-loss seq_aux_loss --moe-aux-loss-coeff 0": False,
+    "--moe-aux-loss aux_loss --moe-aux-loss-coeff 0.01": False,
+}
+
+
+def test_a_loss_of_each_sequence_says_that_packed_conversations_are_one(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sft_runs.model(folder, "mixture", "qwen3_moe")
+    for number, (words, told) in enumerate(TOLD.items()):
+        given = f"{HERE} --train-iters 1 {words}"
+        assert main(sft_runs.arguments(folder, "mixture", f"balanced{number}", given)) == 0
+        lines = [line for line in capfd.readouterr().err.splitlines() if "seq_aux_loss" in line]
+        assert len(lines) == told and all(f" {2 * sft_runs.ROW} tokens, not over each" in line for line in lines)
+
+
 def test_lines_are_read_once_and_anew_when_they_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = write(folder / "fresh.jsonl", sft_runs.chats(3))
     words = sft_runs.arguments(folder, "dense", "cached", f"--data {lines} --global-batch-size 2 --workers 1")

@@ -80,6 +80,8 @@ def guarded(folder: Path) -> dict[str, list[dict]]:
     cases["first"] = {"arguments": words, "bad": {"1": ["loss", 0]}, "signal": {"step": 1, "number": 10}}
     cases["first, rest"] = words
     cases["behind"] = {"arguments": [*words, "--train-iters", "6"], "behind": 1}
+    cases["done for one"] = {"arguments": [*words, "--train-iters", "5"], "done": [1, True]}
+    cases["done for the first"] = {"arguments": [*words, "--train-iters", "5"], "done": [1, False]}
     words = arguments(folder, "dense", "guarded/full", "--save-interval 2 --async-save --use-distributed-optimizer")
     cases["full"] = {"arguments": words, "full": 1}
     cases["full, rest"] = words
@@ -120,7 +122,12 @@ def test_ranks_that_found_other_checkpoints_do_not_resume(guarded: dict[str, lis
     save = folder / "guarded/first"
     told = f"rank 1: {save}: iter_0000001 was the newest checkpoint here, iter_0000004 for rank 0; run again to go on"
     assert error(guarded["behind"]) == f"megapatch.models.cli.UserError: {told}"
-    assert core_files.read_tracker(save) == 4
+    assert core_files.read_tracker(save) == 5
+
+
+def test_all_ranks_go_on_or_leave_as_the_first_sees_it(guarded: dict[str, list[dict]]) -> None:
+    assert [step for step, *_ in steps(guarded["done for one"])] == [5]
+    assert guarded["done for the first"] == []
 
 
 def test_a_mistake_that_one_rank_meets_ends_all_and_names_the_rank(guarded: dict[str, list[dict]]) -> None:

@@ -11,6 +11,7 @@ arguments, or an object that holds them as "arguments" and, when wanted, with st
                                                      not finite
     "fail": 1                                        loading the weights fails on this rank, with a UserError
     "behind": 1                                      this rank has found the checkpoint of step 1 to resume from
+    "done": [1, true]                                this rank finds all steps done (or false: some left to do)
     "full": 1                                        writing its share of a checkpoint fails on this rank: no space left
     "kill": {"step": 4} or {"save": 4}               the process is killed (-9) after step 4, or while it saves step 4;
                                                      for one process only, before the first case without
@@ -184,12 +185,16 @@ def run_case(case: Any) -> list[dict]:
     signals.forget()
     try:
         plan = make_plan(options)
-        if plan.done:
-            return []
+        rank, done = case.get("done", (None, plan.done))
+        if str(rank) == os.environ.get("RANK"):
+            plan = replace(plan, done=done)
         if str(case.get("behind")) == os.environ.get("RANK"):
             plan = replace(plan, resumed=options.save / "iter_0000001")
         with failing(case.get("fail", -1)):
-            trainer, records = prepare(options, device.start(options.device), plan)
+            prepared = prepare(options, device.start(options.device), plan)
+        if prepared is None:
+            return []
+        trainer, records = prepared
         memory = Memory(case, trainer.session)
         records.sinks.append(memory)
         if not options.save_interval and "signal" not in case and "save" not in case:

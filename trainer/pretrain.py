@@ -56,21 +56,20 @@ def train(options: TrainOptions, kind: "Kind") -> None:
         told = device.set_connections(queues)  # before the GPU is used
         found = device.start("auto" if options.dry_run else options.device)  # a plan may be for another machine
         plan = make_plan(options, kind)
-        described = plan.describe(options)
-        described.refuse_too_large()
     if options.dry_run:
         if first():
-            _show(described, plan, found)
-        return
-    if plan.done:
-        log.info("%s: all %d steps are done; nothing to do", options.save, options.train_iters)
+            _show(plan, found)
         return
     log.info("device: %s, %s (%s)", found.kind, found.backend, found.reason)
     if found.backend == "nccl":
         log.info("%s (%s)", told, why)
     try:
         with naming_lost_peers(), disk.naming(options.save):
-            trainer, records = prepare(options, found, plan, kind)
+            prepared = prepare(options, found, plan, kind)
+            if prepared is None:
+                log.info("%s: all %d steps are done; nothing to do", options.save, options.train_iters)
+                return
+            trainer, records = prepared
             with watching(options):
                 trainer.run()
             records.close()
@@ -95,25 +94,21 @@ class Plan:
     hf: "HfConfig"
     tokenizer: "Tokenizer"
     resumed: Path | None  # the checkpoint to continue from
-    done: bool  # that checkpoint is the last one, and nothing is left to do
+    done: bool  # that checkpoint is the last one, and nothing is left to do, as this process sees it
     data_parallel_size: int
     count: int  # micro-batches per step of each data-parallel rank
-
-    def describe(self, options: TrainOptions) -> "Description":
-        """What the run will be."""
-        from megapatch.trainer.sizes.describe import describe
-
-        return describe(options, self.hf, self.count)
+    described: "Description"  # what the run will be
 
 
 def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     """Read what the options name, and refuse what does not fit (UserError); joins no process group."""
-    from megapatch.models import core_files, family
+    from megapatch.models import core_files, device, family
     from megapatch.models.tokenizer import Tokenizer
-    from megapatch.trainer import final_test
+    from megapatch.trainer import final_test, session
     from megapatch.trainer.data import gpt_data
-    from megapatch.trainer.saving import checkpoint
-    from megapatch.trainer.sizes.describe import processes
+    from megapatch.trainer.saving import checkpoint, writing
+    from megapatch.trainer.sizes.describe import describe, processes
+    from megapatch.trainer.watching import metrics
 
     kind = kind or PRETRAINING
     resumed = checkpoint.newest(options.save)
@@ -126,26 +121,38 @@ def make_plan(options: TrainOptions, kind: Kind | None = None) -> Plan:
     source = checkpoint.find_source(begin, None if resumed else options.tokenizer)
     hf, tokenizer = source.hf, Tokenizer(source.tokenizer, trust_remote_code=options.trust_remote_code)
     options.check_model(family.find(hf).transformer_config(hf))
+    family.refuse_length(hf, options.seq_length)
     size = options.data_parallel_size(processes(options))
     count = gpt_data.num_micro_batches(options, size)
+    described = describe(options, hf, count)
+    described.refuse_too_large()
+    if not options.dry_run:  # a plan may be for another machine
+        metrics.refuse_missing(options)
+        writing.one_file()
+        session.refuse(options, device.start(options.device), hf)
     kind.check(options, tokenizer, family.vocab_size(hf))  # last: may read all of --data
     done = isinstance(step, int) and step >= options.train_iters and final_test.done(options)
-    return Plan(source, hf, tokenizer, resumed, done, size, count)
+    return Plan(source, hf, tokenizer, resumed, done, size, count, described)
 
 
-def prepare(options: TrainOptions, device: "Device", plan: Plan, kind: Kind | None = None) -> "tuple[Trainer, Log]":
-    """Build everything up to the first step (every rank must call)."""
+def prepare(
+    options: TrainOptions, device: "Device", plan: Plan, kind: Kind | None = None
+) -> "tuple[Trainer, Log] | None":
+    """Build everything up to the first step (every rank must call); None where the first one finds all steps done."""
     from megapatch.models import parallel
     from megapatch.trainer import session
+    from megapatch.trainer.ranks import as_the_first
     from megapatch.trainer.saving import checkpoint
 
     parallel.start(options, device, timeout_s=options.timeout_s)
+    if as_the_first(plan.done):  # a rank that left by itself would keep the others waiting
+        return None
     checkpoint.claim(options.save, plan.resumed)
     run_state = session.start(options, device, plan.hf, load=plan.resumed is None)
     if plan.resumed is not None:
         checkpoint.resume(run_state, plan.resumed)
         log.info("resuming from %s", plan.resumed)
-    records = _open_log(options)
+    records = _open_log(options, run_state.step)
     _record_start(run_state, records, plan)
     return (kind or PRETRAINING).trainer(run_state, records, plan), records
 
@@ -200,13 +207,13 @@ def _trainer(session: "Session", records: "Log", plan: Plan) -> "Trainer":
 PRETRAINING = Kind(_check, _trainer)
 
 
-def _show(described: "Description", plan: Plan, device: "Device") -> None:
+def _show(plan: Plan, device: "Device") -> None:
     """--dry-run: JSON to stdout, a table to stderr."""
     from megapatch.trainer.sizes.describe import as_json, as_table
 
-    found = as_json(described, plan.resumed)
-    if described.options.dry_run_rank is not None:
-        found["built"] = _built(described, device)
+    found = as_json(plan.described, plan.resumed)
+    if plan.described.options.dry_run_rank is not None:
+        found["built"] = _built(plan.described, device)
     print(json.dumps(found, indent=1))
     log.info("\n%s", as_table(found))
 
@@ -225,8 +232,8 @@ def _built(described: "Description", device: "Device") -> dict[str, int]:
     return {"rank": rank, "parameters": parameters(described.hf, made, described.world, rank)}
 
 
-def _open_log(options: TrainOptions) -> "Log":
-    """The log of this process: rank 0 writes, the others are silent."""
+def _open_log(options: TrainOptions, step: int) -> "Log":
+    """The log of this process, which goes on after ``step``: rank 0 writes, the others are silent."""
     import torch.distributed as dist
 
     from megapatch.trainer.ranks import together
@@ -238,7 +245,7 @@ def _open_log(options: TrainOptions) -> "Log":
         if dist.get_rank() == 0:
             sinks.append(JsonLines(options.log_path))
             if options.tensorboard:
-                sinks.append(TensorBoard(options.tensorboard))
+                sinks.append(TensorBoard(options.tensorboard, step))
             if options.wandb:
                 sinks.append(WeightsAndBiases(options.wandb, resolved(options)))
     return Log(sinks)

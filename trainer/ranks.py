@@ -23,6 +23,15 @@ def warn(log: logging.Logger, message: str, *args: Any) -> None:
         log.warning(message, *args)
 
 
+def as_the_first(found: bool) -> bool:
+    """What the first process has found, for all of them (every rank must call)."""
+    import torch.distributed as dist
+
+    agreed = [found]
+    dist.broadcast_object_list(agreed)
+    return agreed[0]
+
+
 @contextmanager
 def told_once_per_node() -> Iterator[None]:
     """For checks before the process groups exist: processes of one node find the same mistake, the first one tells."""

@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megapatch.models import core_files
-from megapatch.models.build import DTYPES, ModelOptions, build
+from megapatch.models.build import DTYPES, ModelOptions, build, transformer_config
 from megapatch.models.cli import UserError
 from megapatch.models.device import Device, seed_everything
 from megapatch.models.family import HfConfig, find
@@ -80,15 +80,17 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
     """Build the run in the process groups that are there; with ``load`` or adapters, with the weights of --model."""
     experts.forget()
     seed_everything(options.seed, parallel_state.get_pipeline_model_parallel_rank())
-    layers = replace(device, transformer_engine=False) if options.lora else device  # adapters go beside core's own
-    with together():
-        models = build(
-            hf, ModelOptions(options, layers, options.precision, options.seq_length, _overrides(options, layers, hf))
+    made = _model_options(options, device, hf)
+    if find(hf).transformer_config(hf).get("mtp_num_layers") and not options.mtp_loss_weight:
+        warn(
+            log, "layers for multi-token prediction are left out, from checkpoints too (--mtp-loss-weight trains them)"
         )
+    with together():
+        models = build(hf, made)
     if (load or options.lora) and options.model is not None:
         _load(models, options.model, hf)
     base = adapters.add(models, hf, options)
-    _tell_attention(backends.choose(models[0].config, models, layers))
+    _tell_attention(backends.choose(models[0].config, models, made.device))
     config: TransformerConfig = models[0].config
     chunks = [_wrap(options, config, model, first=i == 0) for i, model in enumerate(models)]
     settings = optimizer_config(options)
@@ -103,6 +105,16 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
     return Session(
         options, device, hf, config, chunks, optimizer, schedule, base=base, aside=aside, held=held, away=away
     )
+
+
+def refuse(options: TrainOptions, device: Device, hf: HfConfig) -> None:
+    """UserError where the model cannot be built so on this device; needs no process group."""
+    transformer_config(hf, _model_options(options, device, hf))
+
+
+def _model_options(options: TrainOptions, device: Device, hf: HfConfig) -> ModelOptions:
+    layers = replace(device, transformer_engine=False) if options.lora else device  # adapters go beside core's own
+    return ModelOptions(options, layers, options.precision, options.seq_length, _overrides(options, layers, hf))
 
 
 def _held(
@@ -144,10 +156,6 @@ def _overrides(options: TrainOptions, device: Device, hf: HfConfig) -> dict[str,
         raise UserError("--mtp-loss-weight: the model of config.json has no layers for multi-token prediction")
     if options.mtp_loss_weight:
         fields |= {"mtp_num_layers": count, "mtp_loss_scaling_factor": options.mtp_loss_weight}
-    elif count:
-        warn(
-            log, "layers for multi-token prediction are left out, from checkpoints too (--mtp-loss-weight trains them)"
-        )
     if options.lora and find(hf).transformer_config(hf).get("moe_router_enable_expert_bias"):
         fields["moe_router_bias_update_rate"] = 0.0  # what is not trained stays as it is
     model = find(hf).transformer_config(hf)

@@ -16,11 +16,13 @@ from megapatch.models.cli import UserError
 
 
 @dataclass(frozen=True)
-class Patch:
-    """Replace ``target`` ("module:Class.method") by ``replacement``, written for the upstream source with this hash."""
+class Upstream:
+    """A function of upstream, ``target`` ("module:Class.method"), on which we rely as the source with this hash has it.
+
+    Its module may promise nothing of it: one that only upstream itself is meant to call.
+    """
 
     target: str
-    replacement: Callable[..., Any]
     source_hash: str
     reason: str
 
@@ -30,18 +32,39 @@ class Patch:
         *parents, name = path.split(".")
         return reduce(getattr, parents, importlib.import_module(module)), name
 
-    def apply(self) -> None:
-        """Put the replacement in place (again is harmless); a changed upstream is a UserError."""
+    def function(self) -> Any:
+        """The function; a changed upstream is a UserError."""
         owner, name = self.owner()
         upstream = getattr(owner, name)
-        if upstream is self.replacement:
-            return
         found = source_hash(upstream)
         if found != self.source_hash:
             raise UserError(
                 f"{self.target}: changed upstream (source hash {found}, expected {self.source_hash}); "
-                f"install megatron-core 0.16.1, or review this patch: {self.reason}"
+                f"install megatron-core 0.16.1, or review what relies on it: {self.reason}"
             )
+        return upstream
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Replace ``target`` ("module:Class.method") by ``replacement``, written for the upstream source with this hash."""
+
+    target: str
+    replacement: Callable[..., Any]
+    source_hash: str
+    reason: str
+
+    @property
+    def upstream(self) -> Upstream:
+        """What is replaced."""
+        return Upstream(self.target, self.source_hash, self.reason)
+
+    def apply(self) -> None:
+        """Put the replacement in place (again is harmless); a changed upstream is a UserError."""
+        owner, name = self.upstream.owner()
+        if getattr(owner, name) is self.replacement:
+            return
+        self.upstream.function()
         setattr(owner, name, self.replacement)
 
 

@@ -18,7 +18,7 @@ from megapatch.models.indexed_data import blocks, manifest_path, read_index
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.trainer.data.data_cache import building, key
 from megapatch.trainer.data.made_data import Maker, idle_words
-from megapatch.trainer.data.named_data import Named, agreed, checkable, named
+from megapatch.trainer.data.named_data import Named, agreed, checkable, named, refuse_missing_files
 from megapatch.trainer.data.options import PARTS, SPLIT, Shares
 from megapatch.trainer.data.sources import BySource
 from megapatch.trainer.options import PretrainOptions, TrainOptions
@@ -50,7 +50,9 @@ def check_data(options: PretrainOptions, tokenizer: Tokenizer, vocab_size: int) 
             f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {vocab_size};"
             " use the model's own tokenizer, or a model with a larger vocab_size"
         )
-    for part in _parts(options):
+    parts = _parts(options)
+    refuse_missing_files(part.named for part in parts)
+    for part in parts:
         for prefix in checkable(options, part.named, _maker(options), tokenizer):
             known = described(prefix)
             if known.form != "corpus":

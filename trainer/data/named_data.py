@@ -1,5 +1,6 @@
 """What the flags for data name: prefixes of indexed data, or files of which such data are made; blends of either."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +58,17 @@ def parse_blend(words: list[str], flag: str = "--data-path") -> tuple[list[str],
     return words[1::2], numbers
 
 
+def refuse_missing_files(parts: Iterable[Named]) -> None:
+    """UserError where any file that is named is not there: before the first is read, which may take hours."""
+    for what in parts:
+        for files in what.groups if what.direct else []:
+            refuse_missing(files, what.flag)
+
+
 def checkable(options: TrainOptions, what: Named, maker: Maker, tokenizer: Tokenizer) -> list[str]:
     """The prefixes, before processes meet. What files name, the first process makes; the others see only the files."""
     if not what.direct:
         return _flat(what.groups)
-    for files in what.groups:
-        refuse_missing(files, what.flag)
     if options.dry_run or not first():
         return []
     return [str(make(options, maker, files, tokenizer.folder)) for files in what.groups]

@@ -1,6 +1,6 @@
 """Activations to compute again in the backward pass: all of a layer, of the first layers, or of parts of each layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
@@ -60,6 +60,15 @@ class RecomputeOptions:
         }
         for message in (text for text, wrong in refused.items() if wrong):
             raise ValueError(message)
+
+    def refuse_recompute_layers(self, chunks: Sequence[Sequence[int]]) -> None:
+        """UserError where --recompute-layers is more than the layers of every chunk of every stage."""
+        most = max(map(len, chunks))
+        if self.recompute_layers is not None and self.recompute_layers > most:
+            raise UserError(
+                f"--recompute-layers {self.recompute_layers}: a stage or chunk has {most} layer{'s' * (most > 1)}; "
+                f"give at most {most}, or leave it away for all"
+            )
 
     def recompute_config(self, model: Mapping[str, Any], *, own_layer: bool, engine: bool) -> dict[str, Any]:
         """TransformerConfig fields; UserError where the model with these fields has no such part.

@@ -24,15 +24,13 @@ from megapatch.models.tokenizer import copy_tokenizer, find_tokenizer
 from megapatch.trainer.data import data_cache
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import first, together, warn
-from megapatch.trainer.saving import locks, optimizer_state
+from megapatch.trainer.saving import changes, locks, optimizer_state
 from megapatch.trainer.session import Session
 from megapatch.trainer.tuning import adapters
 
 log = logging.getLogger(__name__)
 CONTENT = {"singleton_local_shards": False}  # megatron-core adds to what it is given: pass copies
 STAGED = ".tmp"  # ends the names of checkpoints that are not complete
-# options that decide the order of data
-REMEMBERED = ("seed", "seq_length", "global_batch_size", "train_iters", "data_path", "split", "data", "packing")
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def state(session: Session, *, loading: bool, same_layout: bool = True) -> dict[
             "consumed_samples": session.consumed_samples,
             "updates": session.updates,
             "layout": layout(session.options),
-            "order": _order(session.options),
+            "options": changes.remembered(session.options),
             "data": session.data,
             "precision": session.options.precision,
             "predicts": bool(session.options.mtp_loss_weight),
@@ -153,10 +151,6 @@ def layout(options: Parallel) -> dict[str, Any]:
     return sizes | uneven | {"world_size": torch.distributed.get_world_size()}
 
 
-def _order(options: Any) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in REMEMBERED if hasattr(options, name)}
-
-
 def resume(session: Session, folder: Path) -> None:
     """Continue from a checkpoint folder (every rank must call)."""
     check(folder)
@@ -167,10 +161,8 @@ def resume(session: Session, folder: Path) -> None:
     same = ours["layout"] == layout(session.options)
     if not same:
         warn(log, "%s: saved at another layout (%s); dropout draws new random numbers", folder, ours["layout"])
-    for name, value in _order(session.options).items():
-        if ours["order"].get(name, value) != value:
-            flag = name.replace("_", "-")
-            warn(log, "--%s was %s, now %s: the order of data changes", flag, ours["order"][name], value)
+    for changed in changes.told(ours["options"], session.options):
+        warn(log, "%s", changed)
     loaded = dist_checkpointing.load(state(session, loading=True, same_layout=same), str(folder))
     for i, model in enumerate(session.models):
         ours_of_model = loaded.get("model" if len(session.models) == 1 else f"model{i}", {})  # a chunk may be empty
@@ -178,7 +170,7 @@ def resume(session: Session, folder: Path) -> None:
     session.updates, session.data = ours["updates"], ours.get("data", "")
     optimizer_state.fill(session.optimizer, loaded["optimizer"], session.updates)
     schedule = common["opt_param_scheduler"]  # counts samples, its options are in steps
-    before = ours["order"].get("global_batch_size", session.options.global_batch_size)
+    before = ours["options"].get("global_batch_size", session.options.global_batch_size)
     steps = schedule["num_steps"] // before
     session.schedule.load_state_dict(schedule | {"num_steps": steps * session.options.global_batch_size})
     session.step, session.consumed_samples = common["iteration"], ours["consumed_samples"]
@@ -199,6 +191,7 @@ def _training_state(common: dict[str, Any], folder: Path, options: TrainOptions)
     if "megapatch" not in common:
         raise UserError(f"{folder}: holds no training state; start from its weights with --model, and another --save")
     ours = common["megapatch"]
+    ours.setdefault("options", ours.get("order", {}))  # as it was called while it held fewer
     if (tool := ours.get("tool", options.tool)) != options.tool:
         raise UserError(
             f"{folder}: of a run of {tool}, which {options.tool} cannot continue; start from its weights with "

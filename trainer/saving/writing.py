@@ -12,17 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megapatch.models import commit, core_files
 from megapatch.models.cli import UserError
+from megapatch.models.patches.checkpoint import ONE_FILE, REQUEST
 from megapatch.trainer.ranks import first, together
 from megapatch.trainer.saving import disk
 from megapatch.trainer.saving.checkpoint import CONTENT, STAGED, Source, layout, state
@@ -209,6 +210,16 @@ def snapshot(request: AsyncRequest) -> AsyncRequest:
     return request._replace(async_fn_args=(rank, copies, results), preload_fn=None)
 
 
+@cache
+def one_file() -> Callable[..., None]:
+    """megatron-core's writer of a file, as this module knows it and what it is given (UserError where either changed).
+
+    To be asked for before the first step: what the files on the disk say later, after an upgrade, does not matter.
+    """
+    REQUEST.function()
+    return ONE_FILE.function().__wrapped__  # type: ignore[no-any-return] # gc stays on
+
+
 def write(request: AsyncRequest) -> dict[str, str]:
     """Write and fsync this rank's files, in this thread; the digest of each by name."""
     if request.async_fn is None:
@@ -217,13 +228,12 @@ def write(request: AsyncRequest) -> dict[str, str]:
     if request.preload_fn is not None:
         buckets = request.preload_fn()  # to the host's memory
     transforms, _ = request.async_fn.args  # type: ignore[attr-defined]
-    one_file = FileSystemWriterAsync.write_preloaded_data.__wrapped__  # type: ignore[attr-defined] # gc stays on
     written: dict[int, Any] = {}
     for number, bucket in enumerate(buckets):
         told: queue.Queue[Any] = queue.Queue()
         begun: queue.Queue[int] = queue.Queue()
         begun.put(number)
-        one_file(transforms, number, bucket, told, begun, True)
+        one_file()(transforms, number, bucket, told, begun, True)
         _, written[number] = told.get()
         if isinstance(written[number], Exception):
             raise written[number]

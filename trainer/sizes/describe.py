@@ -107,7 +107,9 @@ def describe(options: TrainOptions, hf: HfConfig, count: int) -> Description:
     """Work a run out; ``count`` micro-batches a step."""
     world, predicting = processes(options), bool(options.mtp_loss_weight)
     layers = sizes_of(hf, predicting).num_layers
-    options.refuse_layers([chunk for stage in range(options.pp) for chunk in stage_layers(options, layers, stage)])
+    chunks = [chunk for stage in range(options.pp) for chunk in stage_layers(options, layers, stage)]
+    options.refuse_layers(chunks)
+    options.refuse_recompute_layers(chunks)
     held = [share(hf, options, stage, predicting=predicting) for stage in range(options.pp)]
     activations = Activations(options, sizes_of(hf, predicting))
     trained = _adapters(options, hf) or held

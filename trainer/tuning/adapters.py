@@ -57,9 +57,20 @@ def described(options: TrainOptions, base: Base | None) -> dict[str, Any]:
 
 def check(ours: dict[str, Any], folder: Path, options: TrainOptions, base: Base | None) -> None:
     """Refuse to resume with other adapters than those in the checkpoint, or beside other weights (UserError)."""
-    had, now = ours.get("lora"), options.lora and options.lora.described()
-    for name in sorted({*(had or {}), *(now or {})}):
-        before, after = (said.get(name) if said else None for said in (had, now))
+    had, now = (ours.get("lora") or {}), (options.lora.described() if options.lora else {})
+    if now and not had:
+        flag = "--lora-from" if options.lora_from else f"--lora-rank {now['rank']}"
+        raise UserError(
+            f"{flag}: {folder} is of a run without adapters, which cannot go on with them; train them beside its "
+            f"weights with --model {folder}, and another --save"
+        )
+    if had and not now:
+        raise UserError(
+            f"--lora-rank was {had['rank']} and is not given now: {folder} holds adapters alone; give it again, or "
+            "another --save"
+        )
+    for name in sorted({*had, *now}):
+        before, after = had.get(name), now.get(name)
         if before != after:
             flag = {"rank_stabilized": "rslora"}.get(name, name)
             raise UserError(

@@ -15,7 +15,7 @@ from megapatch.models.packed_rows import PackedRows, Row, one_by_one
 from megapatch.models.packing import Plan, document_lengths, pack, plan_path, read_plan, refuse_long, write_plan
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.trainer.data.made_data import Maker, idle_words
-from megapatch.trainer.data.named_data import agreed, checkable, named
+from megapatch.trainer.data.named_data import agreed, checkable, named, refuse_missing_files
 from megapatch.trainer.ranks import first, together, warn
 from megapatch.trainer.tuning.sft_options import READING, SftOptions
 
@@ -30,8 +30,10 @@ def check_data(options: SftOptions, tokenizer: Tokenizer, vocab_size: int) -> No
             f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {vocab_size};"
             " use the model's own tokenizer, or a model with a larger vocab_size"
         )
-    for part in PARTS:
-        for prefix in checkable(options, named(options, part), _maker(options), tokenizer):
+    parts = [named(options, part) for part in PARTS]
+    refuse_missing_files(parts)
+    for part in parts:
+        for prefix in checkable(options, part, _maker(options), tokenizer):
             _check(prefix, tokenizer, options)
 
 

@@ -11,6 +11,7 @@ from megapatch.trainer.data.sample_places import Samples, in_conversations
 from megapatch.trainer.data.sources import BySource
 from megapatch.trainer.loop import Trainer
 from megapatch.trainer.pretrain import Plan
+from megapatch.trainer.ranks import warn
 from megapatch.trainer.saving import checkpoint
 from megapatch.trainer.session import Session
 from megapatch.trainer.sizes.flops import flops_per_token
@@ -39,12 +40,25 @@ class SftTrainer(Trainer):
         super()._record(replace(result, tokens=tokens, extra=result.extra | self.batch.said), *args, **words)
 
 
+def _tell_balancing(session: Session, options: SftOptions) -> None:
+    """Warn where experts are balanced over more than a conversation, which seq_aux_loss is for."""
+    config = session.config
+    if options.packing and config.moe_router_load_balancing_type == "seq_aux_loss" and config.moe_aux_loss_coeff:
+        warn(
+            log,
+            "seq_aux_loss of config.json or --moe-aux-loss: balances experts over all conversations of a forward pass, "
+            "%d tokens, not over each; with --no-packing it does, over the padding too",
+            options.pass_shape[0],
+        )
+
+
 def make_trainer(session: Session, records: Log, plan: Plan) -> SftTrainer:
     """The loop and its batches; every rank must call."""
     options, vocab_size = session.options, family.vocab_size(session.hf)
     assert isinstance(options, SftOptions)
     samples, valid = sft_data.build(options, plan.tokenizer, session.num_samples)
     checkpoint.reads(session, samples.names)
+    _tell_balancing(session, options)
     held = valid or samples  # without validation, eval_steps are 0
     for split, blend in (("training", samples), ("validation", valid)):
         for about in blend.about if blend else []:

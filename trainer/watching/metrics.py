@@ -4,11 +4,24 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from megapatch.models import commit
 from megapatch.models.cli import UserError
+
+NEEDS = {  # option: package, its name, extra of ours that brings it
+    "tensorboard": ("tensorboard", "TensorBoard", "tb"),
+    "wandb": ("wandb", "Weights & Biases", "wandb"),
+}
+
+
+def refuse_missing(options: Any) -> None:
+    """UserError where an option needs a package that is not installed."""
+    for option, (package, name, extra) in NEEDS.items():
+        if getattr(options, option) and find_spec(package) is None:
+            raise UserError(f"--{option} needs {name}: pip install 'megapatch[{extra}]'")
 
 
 class Sink(Protocol):
@@ -57,18 +70,19 @@ def _drop_torn_line(path: Path) -> None:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, by step."""
+    """Scalars for TensorBoard, by step; a run that goes on hides what was written of steps that it does again."""
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--tensorboard needs TensorBoard: pip install 'megapatch[tb]'") from error
-        self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+    def __init__(self, folder: Path, step: int) -> None:
+        """``step``: those until then are done."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
 
     def write(self, record: Mapping[str, Any]) -> None:
-        for name, value in _scalars(record).items():
-            self.writer.add_scalar(f"{record['event']}/{name}", value, record["step"])  # type: ignore[no-untyped-call]
+        if scalars := _scalars(record):
+            for name, value in scalars.items():
+                self.writer.add_scalar(f"{record['event']}/{name}", value, record["step"])  # type: ignore[no-untyped-call]
+            self.writer.flush()  # type: ignore[no-untyped-call] # a run that is killed leaves no gap
 
     def close(self) -> None:
         self.writer.close()  # type: ignore[no-untyped-call]
@@ -78,10 +92,8 @@ class WeightsAndBiases:
     """Scalars for Weights & Biases, by step."""
 
     def __init__(self, project: str, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--wandb needs Weights & Biases: pip install 'megapatch[wandb]'") from error
+        import wandb
+
         self.run = wandb.init(project=project, config=dict(config))
 
     def write(self, record: Mapping[str, Any]) -> None:
