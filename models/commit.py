@@ -77,6 +77,17 @@ def staged_file(target: Path) -> Iterator[Path]:
         stage.unlink(missing_ok=True)
 
 
+def refuse_unwritable(target: Path) -> None:
+    """Find out before long work, not after it, that ``staged_file`` cannot write (OSError that names ``target``)."""
+    try:
+        stage = _make_room(real(target))
+        stage.touch()
+        stage.unlink()
+    except OSError as error:
+        error.filename = str(target)
+        raise
+
+
 @contextmanager
 def staged_folder(
     target: Path,

@@ -13,7 +13,7 @@ from trainer_runs import ENVIRONMENT, ROOT, corpus
 
 from megapatch.models.held import plain
 from megapatch.models.shapes import num_parameters
-from megapatch.tools.plan import machines
+from megapatch.tools.plan import machines, plan
 from megapatch.tools.plan.plan import main
 from megapatch.trainer.pretrain import main as pretrain
 
@@ -154,6 +154,16 @@ def test_what_cannot_be_planned_is_one_line(
 def test_an_unknown_model_names_those_that_are_known(capfd: pytest.CaptureFixture) -> None:
     status, rows, said = plans(capfd, "--model", "llama-4", "--gpus", 8)
     assert (status, rows) == (1, []) and "no name of: deepseek-v3, llama-3.1-70b" in said
+
+
+@pytest.mark.parametrize(("name", "told"), [("config.json/x.args", "is a file"), ("x" * 300, "File name too long")])
+def test_where_the_plan_cannot_be_written_nothing_is_searched(
+    capfd: pytest.CaptureFixture, model: Path, monkeypatch: pytest.MonkeyPatch, name: str, told: str
+) -> None:
+    monkeypatch.setattr(plan, "progressing", lambda *_: pytest.fail("searched"))
+    status, rows, said = plans(capfd, "--model", model, "--gpus", 2, *BATCH, "--output", model / name)
+    assert (status, rows) == (1, []) and told in said and str(model / name) in said
+    assert [path.name for path in model.iterdir()] == ["config.json"]
 
 
 def test_a_plan_for_a_folder_with_weights_begins_with_them(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from megapatch.models import core_files
 from megapatch.models.cli import Common, UserError, opt, run
+from megapatch.models.commit import refuse_unwritable, staged_file
 from megapatch.tools.plan import machines, tell
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Options(Common):
     """Plan a training run before it starts: enumerate layouts, drop what does not fit, rank the rest by a roofline."""
 
     model: Path = opt(
-        "config.json, the folder that holds it, a core checkpoint, or the name of one in scripts/configs/models; where "
+        "config.json, the folder that holds it, a core checkpoint, or, in a checkout, the name of one in "
+        "scripts/configs/models; where "
         "there are weights, --output begins with them"
     )
     gpu: str = opt(f"kind of GPU: {', '.join(machines.KNOWN)}", "H100")
@@ -89,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(options: Options) -> None:
     """Search, print, write."""
     path = model_file(options.model)
+    if options.output is not None:
+        refuse_unwritable(options.output)
     hf, machine, budget = read(path), machine_of(options), budget_bytes(options)
     asked = ask(options, hf, machine, budget)
     from megapatch.tools.plan.search import best
@@ -116,10 +120,9 @@ def model_file(given: Path) -> Path:
     for path in tried:
         if path.is_file():
             return path
-    names = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
-    raise UserError(
-        f"--model {given}: no such file, no folder with config.json, no core checkpoint, and no name of: {names}"
-    )
+    names = sorted(p.stem for p in shipped.glob("*.json"))  # none where only the wheel is installed
+    known = f", and no name of: {', '.join(names)}" if names else ""
+    raise UserError(f"--model {given}: no such file, no folder with config.json, no core checkpoint{known}")
 
 
 def begins(given: Path, config: Path) -> list[str]:
@@ -233,8 +236,6 @@ def least(plan: "Plan", asked: "Asked", options: Options) -> str:
 
 def write(path: Path, text: str) -> None:
     """The file, whole or not at all."""
-    from megapatch.models.commit import staged_file
-
     with staged_file(path) as stage:
         stage.write_text(text)
     log.info("best plan: %s", path)
