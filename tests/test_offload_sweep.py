@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trainer_runs
+from torch.distributed.run import parse_args as torchrun_args
 
 from megapatch.tools.offload_bench import pareto, sweep, tell
 from megapatch.tools.offload_bench.offload_bench import main
@@ -73,7 +74,10 @@ def test_a_command_is_the_trainer_with_the_points_options_last(tmp_path: Path) -
         "--log",
         f"{tmp_path}/s/log.jsonl",
     ]
-    assert one[-8:] == two[-8:] == end and two[two.index("--nproc-per-node") + 1] == "2"
+    assert one[-8:] == two[-8:] == end
+    started = torchrun_args(two[3:])  # which took --log for an abbreviation of options of its own
+    assert (started.nproc_per_node, started.module, started.training_script) == ("2", True, one[2])
+    assert started.training_script_args == one[3:]
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_failures_lose_nothing(

@@ -107,6 +107,7 @@ class Sweep:
         start = [sys.executable, "-m"]
         if self.ranks > 1:
             start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks), "-m"]
+            start += ["--"]  # or torchrun takes --log of what follows for an abbreviation of its own options
         own = ["--save", str(save), "--train-iters", str(self.steps), "--log", str(save / "log.jsonl")]
         cache = ["--data-cache-path", str(self.output / "data-cache")]
         return [*start, f"{PACKAGE}.trainer.pretrain", *cache, *self.given, *point.flags, *own]
