@@ -165,8 +165,8 @@ class Told:
     [
         (
             "cpu",  # three gradients come, one more with each chunk that is done; its weights leave while the next runs
-            "out0 out1 out2 | wait out0 adam out3 back0 | wait out1 adam out4 back1 | wait out2 adam wait back0 back2 | "
-            "wait out3 adam wait back1 back3 | wait out4 adam wait back2 back4 | wait back0 wait back1 wait back2 "
+            "out0 out1 out2 | wait out0 adam out3 back0 | wait out1 adam out4 back1 | wait out2 adam wait back0 back2 "
+            "| wait out3 adam wait back1 back3 | wait out4 adam wait back2 back4 | wait back0 wait back1 wait back2 "
             "wait back3 wait back4",
         ),
         (
