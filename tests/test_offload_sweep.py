@@ -149,7 +149,7 @@ def test_a_point_that_is_stopped_leaves_no_process_behind(
         ("import sys; sys.exit('mp-pretrain: error: no')", 60, "exit status 1: mp-pretrain: error: no"),
         ("import sys; sys.exit(3)", 60, "exit status 3: no message"),
         ("import time; time.sleep(600)", 0.5, "took more than 0.5 s (--timeout-s)"),
-        ("print('planned')", 60, "it ended without a step: no message"),
+        ("print('planned')", 60, "it ended without a step; is --dry-run among its options?"),
         ("import os; os.kill(os.getpid(), 9)", 60, "exit status -9: no message"),
     ],
 )

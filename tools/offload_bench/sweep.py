@@ -124,7 +124,9 @@ class Sweep:
             told = save / "log.jsonl"
             records = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
             steps = [record for record in records if record["event"] == "train"]
-            return row | (measured(steps) if steps else {"error": f"it ended without a step: {last_words(said)}"})
+            return row | (
+                measured(steps) if steps else {"error": "it ended without a step; is --dry-run among its options?"}
+            )
         except subprocess.TimeoutExpired:
             return row | {"error": f"took more than {self.timeout_s:g} s (--timeout-s)"}
         finally:
