@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapatch.models import space
+from megapatch.models.cli import UserError
 from megapatch.tools.offload_bench import adam_step, measure, tell
 from megapatch.tools.offload_bench import offload_bench as tool
 from megapatch.tools.offload_bench.offload_bench import main
@@ -253,6 +254,7 @@ def test_meaning_names_the_best_step_the_chunk_size_and_the_limit():
             "--sizes 1Gi: needs 4GiB of memory (4 x), 136MiB are free",
         ),
         (["--threads", "100000"], "--threads 100000: this process may use"),
+        (["--measure", "overlap", "--numel", "1Mi"], "--measure overlap: needs 272MiB of memory, 136MiB are free"),
     ],
 )
 def test_what_does_not_fit_is_one_line(capsys, monkeypatch, argv, message):
@@ -272,6 +274,16 @@ def test_what_does_not_fit_is_one_line(capsys, monkeypatch, argv, message):
         (["--measure", "bandwidth", "--chunks", "4Ki"], "--chunks has no effect without adam in --measure"),
         (["--measure", "sweep"], "--measure sweep and --output need each other"),
         (["--output", "x"], "--measure sweep and --output need each other"),
+        (["--measure", "bandwidth", "--ranks", "4"], "--ranks has no effect without adam or sweep in --measure"),
+        (["--measure", "overlap", "--threads", "2"], "--threads has no effect without bandwidth or adam in --measure"),
+        (["--measure", "sweep", "--output", "x", "--quick"], "--quick has no effect without bandwidth or adam or "),
+        (["--fractions", "0.5"], "--fractions has no effect without sweep in --measure"),
+        (["--steps", "9"], "--steps has no effect without sweep in --measure"),
+        (["--timeout-s", "9"], "--timeout-s has no effect without sweep in --measure"),
+        (["--measure", "sweep", "--output", "x", "--fractions", "2"], "--fractions 2: must be numbers from 0 to 1, or"),
+        (["--measure", "sweep", "--output", "x", "--fractions", "most"], "--fractions most: must be numbers from 0 to"),
+        (["--measure", "sweep", "--output", "x", "--timeout-s", "0"], "--timeout-s 0: must be above 0"),
+        (["--measure", "sweep", "--output", "x", "--device-memory-gib", "-1"], "--device-memory-gib -1: must be above"),
         (["--ranks", "0"], "--steps and --ranks must be at least 1"),
         (["--link-gb-per-s", "0"], "--link-gb-per-s 0.0: must be above 0"),
         (["--numel", "0"], "'0': expected a number such as 65536, 64Ki, 32Mi or 1GiB"),
@@ -367,6 +379,25 @@ def test_defaults_are_filled_in(monkeypatch, argv, expected):
     )
     links = tool.plan(options, torch_threads=6, gpu=False).link_sizes
     assert links == (found.link_sizes if options.sizes else tool.EMULATED_SIZES)
+
+
+@pytest.mark.parametrize(("cpus", "torch_threads", "threads"), [(1, 4, (1,)), (3, 8, (1, 2, 3)), (8, 2, (1, 2))])
+def test_threads_by_default_are_no_more_than_the_cpus(monkeypatch, cpus, torch_threads, threads):
+    monkeypatch.setattr(tool.os, "sched_getaffinity", lambda _: set(range(cpus)))
+    assert tool.plan(tool.Options(**vars(parse([]))), torch_threads, gpu=False).threads == threads
+
+
+@pytest.mark.parametrize(("cpus", "told"), [(1, "1 CPU; choose at most 1"), (2, "2 CPUs; choose at most 2")])
+def test_more_threads_than_cpus_are_refused(monkeypatch, cpus, told):
+    monkeypatch.setattr(tool.os, "sched_getaffinity", lambda _: set(range(cpus)))
+    with pytest.raises(UserError, match=f"^--threads 4: this process may use {told}$"):
+        tool.plan(tool.Options(**vars(parse(["--threads", "4"]))), 1, gpu=False)
+
+
+def test_memory_that_is_asked_for_by_no_option_is_counted_too(capsys, monkeypatch):
+    monkeypatch.setattr(tool, "free_bytes", lambda: 150 << 20)
+    assert main([*TINY, "--measure", "bandwidth", "--sizes", "4KiB"]) == 3
+    assert "--measure bandwidth: needs 129MiB of memory, 86MiB are free" in capsys.readouterr().err
 
 
 def parse(argv):

@@ -1,15 +1,18 @@
 """Chunks of an offloaded optimizer: where they are cut, what they hold, and that no cut and no engine changes a bit."""
 
 import random
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 
 from megapatch.models.device import Device
 from megapatch.models.link import lanes
+from megapatch.trainer.offload import engines
 from megapatch.trainer.offload.adam import ChunkedAdam
 from megapatch.trainer.offload.chunks import GRAIN, Shard, Span, cut, make, stride
 from megapatch.trainer.offload.engines import CpuEngine, Engine, StreamEngine, fused_adamw
+from megapatch.trainer.offload.measure import Measured
 
 GROUPS = [
     {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8, "params": []},
@@ -130,3 +133,80 @@ def test_host_memory_is_one_slab_of_exactly_what_chunks_need() -> None:
     nbytes = sum(3 * 4 * chunk.numel for chunk in adam.offloaded)
     assert chunks[0].memory.untyped_storage().nbytes() == nbytes and nbytes < 1.1 * 12 * 0.65 * made.numel
     assert stride(2**22) * 4 % 2**20 == 65 * 2**10  # large rows do not begin at the same place of a cache
+
+
+@dataclass
+class Told:
+    """A copy that is there at once, and a lane that tells of it and of whoever waits."""
+
+    name: str
+    log: list[str]
+    count: int = 0
+    copied_bytes: int = 0
+    waited: list[str] = field(default_factory=list)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: object = None) -> "Told":
+        target.copy_(source)
+        self.log.append(f"{self.name}{self.count}")
+        self.count += 1
+        return Told(self.log[-1], self.log)
+
+    def done(self) -> bool:
+        self.log.append(f"wait {self.name}")
+        return True
+
+    def wait(self, copy: "Told") -> None:
+        copy.done()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [
+        (
+            "cpu",  # three gradients come, one more with each chunk that is done; its weights leave while the next runs
+            "out0 out1 out2 | wait out0 adam out3 back0 | wait out1 adam out4 back1 | wait out2 adam wait back0 back2 "
+            "| wait out3 adam wait back1 back3 | wait out4 adam wait back2 back4 | wait back0 wait back1 wait back2 "
+            "wait back3 wait back4",
+        ),
+        (
+            "stream",  # state of two chunks comes while one is updated; what it leaves behind goes beside that
+            "back0 back1 | back2 wait back0 adam out0 | back3 wait back1 adam out1 | back4 wait back2 adam out2 | "
+            "wait back3 adam out3 | wait back4 adam out4 | wait out3 wait out4 wait out2",
+        ),
+    ],
+)
+def test_copies_run_ahead_of_adam_and_behind_it(
+    monkeypatch: pytest.MonkeyPatch, kind: str, order: str, dtype: torch.dtype
+) -> None:
+    """A lane's second wait for the same copy is left out."""
+    log: list[str] = []
+    weights = torch.zeros(5 * 640, dtype=dtype)
+    made = Shard([Span(weights, 0, 0, 5 * 640, 0)], torch.zeros(5 * 640), weights)
+    monkeypatch.setattr(engines, "fused_adamw", lambda *_: log.append("adam"))
+    device, lane = Device("cpu", False, False, ""), (Told("out", log), Told("back", log))
+    chunks, count = make([made], 640, 1.0)
+    engine: Engine = StreamEngine(*lane, 640, torch.device("cpu"))
+    if kind == "cpu":
+        engine = CpuEngine(*lane, 640, dtype.itemsize, device.host_memory)
+    adam = ChunkedAdam(GROUPS, chunks, engine, device)
+    adam.place(count)
+    adam.step()
+    once = [word for at, word in enumerate(log) if at == 0 or word != log[at - 1]]
+    assert " ".join(once) == order.replace(" | ", " ")
+
+
+@pytest.mark.parametrize(
+    ("out", "back", "cpu", "state", "device", "best"),
+    [
+        (0.1, 0.1, 0.14, 0.22, 0.01, "cpu"),  # one GPU, fast host memory
+        (0.1, 0.1, 0.47, 0.22, 0.01, "stream"),  # eight ranks share it
+        (0.3, 0.1, 0.14, 0.22, 0.01, "stream"),  # parts run at once: the slowest counts
+        (0.1, 0.3, 0.14, 0.22, 0.01, "stream"),
+        (0.1, 0.1, 0.14, 0.12, 0.15, "cpu"),
+    ],
+)
+def test_the_engine_is_the_one_that_is_faster_here(
+    out: float, back: float, cpu: float, state: float, device: float, best: str
+) -> None:
+    assert Measured(out, back, cpu, state, device).best == best

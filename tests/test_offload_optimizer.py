@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from slow_cases import marked, wanted
-from trainer_runs import arguments, corpus, error, events, launch, log_of, model, steps
+from trainer_runs import arguments, corpus, data, error, events, launch, log_of, model, steps
 
 from megapatch.trainer.pretrain import main
 
@@ -19,6 +19,7 @@ OVERLAP = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather --ddp-buc
 SMALL = "--offload-chunk 3000"  # of 66 thousand parameters
 CPU, STREAM = (f"{SMALL} --offload-engine {engine} --offload-optimizer" for engine in ("cpu", "stream"))
 MOVES = {"place": {"2": 0.1, "3": 0.9, "4": 0.5}}
+WEIGHTS = {"digests": "weights"}
 SIGNAL = {"signal": {"step": 2, "number": 10}}
 GIB = 2**30
 KINDS = {
@@ -61,13 +62,26 @@ SAME: dict[int, dict[str, Case]] = {  # processes: {name: case}; the name's firs
         "dense much clipping": ("--clip-grad 0.01 --precision bf16", f"{STREAM} 0.65", {}),
         "dense no accumulation": ("--micro-batch-size 8", f"{CPU} 0.65", {}),
         "dense a step is skipped": ("--max-nan 2", f"{CPU} 0.65", {"bad": {"2": ["gradient", 0]}}),
+        "dense a step is skipped, stream": (
+            f"--max-nan 2 {KINDS['distributed bf16']}",
+            f"{STREAM} 0.3",
+            {"bad": {"2": ["gradient", 0]}},
+        ),
+        "dense adapters, distributed": (
+            f"--lora-rank 4 --lora-alpha 8 {KINDS['distributed fp32']}",
+            f"{STREAM} 0.65 --offload-chunk 256",
+            {},
+        ),
+        "dense random weights": ("--init-from {}/dense", f"{CPU} 0.65", {}),
+        "dense from a checkpoint": (f"--model {{}}/runs/begin {KINDS['distributed bf16']}", f"{CPU} 0.65", {}),
+        "dense from a checkpoint, auto": ("--model {}/runs/begin", f"{STREAM} auto --device-memory-gib 0.0019", {}),
         "dense adapters": ("--lora-rank 4 --lora-alpha 8 --precision bf16", f"{CPU} 0.65 --offload-chunk 256", {}),
         "dense recomputation": ("--recompute full", f"{CPU} 0.65", {}),
         **{
             f"dense {dtype} beside {kind}, one without gradient": (
                 KINDS[kind],
                 f"{engine} 0.65",
-                {"extra": dtype, "digests": "weights"},
+                {"extra": dtype} | WEIGHTS,
             )
             for dtype, kind, engine in (
                 ("float32", "bf16", CPU),
@@ -87,6 +101,13 @@ SAME: dict[int, dict[str, Case]] = {  # processes: {name: case}; the name's firs
             f"{CPU} auto --device-memory-gib 0.0008",
             {},
         ),
+        "dense TP2": (f"--tp 2 {KINDS['bf16']}", f"{CPU} 0.3", MOVES),
+        "dense float32 beside bf16, DP2": (KINDS["distributed bf16"], f"{CPU} 0.65", {"extra": "float32"} | WEIGHTS),
+        "mixture EP2, auto": (
+            f"--ep 2 {KINDS['distributed bf16']}",
+            f"{CPU} auto --device-memory-gib 0.0013",
+            {},
+        ),
         "dense CP2": (f"--cp 2 {KINDS['bf16']}", f"{CPU} 0.65", {}),
         "dense PP2 VPP2": (f"--pp 2 --vpp 2 {KINDS['distributed bf16']}", f"{STREAM} 0.65", {}),
         "mixture EP2 distributed": (f"--ep 2 {KINDS['distributed bf16']}", f"{CPU} 0.65", MOVES),
@@ -101,6 +122,9 @@ MORE = {  # of SAME, slow
     (1, "dense recomputation"),
     (1, "dense float32 beside distributed bf16, one without gradient"),
     (1, "dense bfloat16 beside bf16, one without gradient"),
+    (1, "dense adapters, distributed"),
+    (1, "dense random weights"),
+    (2, "dense float32 beside bf16, DP2"),
     (2, "dense DP2 distributed, fp32"),
     (2, "mixture EP2"),
 }
@@ -137,13 +161,14 @@ GO_ON = {  # of RESUMED, in the default suite
 }
 ASYNC = f"{KINDS['bf16']} --save-interval 2 --async-save"
 SHORT = f"--precision bf16 {CPU} auto --device-memory-gib 0.01"
-MIXED = "--precision bf16 --offload-activations 1 --offload-activation-min-kib 0"
+MIXED = "--precision bf16 --offload-activations 1 --offload-activation-min-kib 0 --data-path 0.5 {0}/data 0.5 {0}/more"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("offload")
     corpus(made)
+    data(made, "more", [str(made / "text03.txt")])
     model(made, "dense")
     model(made, "mixture", "qwen3_moe", attention_dropout=0.2)
     return made
@@ -154,21 +179,25 @@ def runs(folder: Path, request: pytest.FixtureRequest) -> dict[str, list[dict]]:
     """The records of every run, by name; "... , not offloaded" is the run to compare with."""
 
     def case(name: str, options: str, more: dict[str, Any], save: str = "") -> dict[str, Any]:
-        given = arguments(folder, name.split()[0], f"runs/{save or name}", options)
+        given = arguments(folder, name.split()[0], f"runs/{save or name}", options.format(folder))
+        if "--init-from" in given:
+            del given[given.index("--model") : given.index("--model") + 2]
         return {"arguments": given, "digests": True} | more
 
     def same(processes: int) -> dict[str, Any]:
         found = {}
         for (_, name), (options, offload, more) in of(wanted(request, EVERY, QUICK), processes):
             plain = {key: value for key, value in more.items() if key != "place"}
-            found[base(processes, name)] = case(f"{name.split()[0]} {options or 'plain'} {processes}", options, plain)
+            place = base(processes, name).replace("/", " ")
+            found[base(processes, name)] = case(f"{name.split()[0]} {options or 'plain'}", options, plain, place)
             found[name] = case(name, f"{options} {offload}", more)
         return found
 
     def of(asked: dict, processes: int) -> list:
         return [item for item in asked.items() if item[0][0] == processes]
 
-    one, resumed = same(1), wanted(request, RESUMED, GO_ON)
+    one = {"begin": case("dense", "--lr 1e-2", SIGNAL, "begin")} | same(1)
+    resumed = wanted(request, RESUMED, GO_ON)
     for name, (gib, _, _) in AUTO.items():
         one[name] = case(f"dense {name}", f"{KINDS['distributed bf16']} {CPU} auto --device-memory-gib {gib}", {}, name)
     for name, (options, before, _) in resumed.items():
@@ -243,6 +272,21 @@ def test_a_static_fraction_is_exact_to_a_grain(runs: dict[str, list[dict]], name
         assert wide == pytest.approx(asked * parameters, rel=0.02)  # gaps between parameters, one grain
 
 
+@pytest.mark.parametrize("name", ["dense from a checkpoint", "dense from a checkpoint, auto"])
+def test_weights_alone_of_a_checkpoint_are_where_training_begins(runs: dict[str, list[dict]], name: str) -> None:
+    kind = "dense distributed bf16 1 cpu" if "auto" not in name else "dense fp32 0.3 stream"
+    assert steps(runs[name])[0][0] == 1
+    assert (
+        steps(runs[name])[0][1] < steps(runs[base(1, kind)])[0][1] - 0.01
+    )  # of weights that were trained for two steps
+
+
+@pytest.mark.parametrize(("processes", "name"), [(1, "dense from a checkpoint, auto"), (2, "mixture EP2, auto")])
+def test_auto_moved_in_these_runs(runs: dict[str, list[dict]], folder: Path, processes: int, name: str) -> None:
+    told = events(log_of(folder / "runs" / name), "offload")
+    assert [move["reason"] for move in told] == ["start", "room"] and 0 < told[-1]["fraction"] < 1
+
+
 def test_chunks_move_where_they_are_told_to(runs: dict[str, list[dict]]) -> None:
     fractions = [record["offload_fraction"] for record in events(runs["dense chunks move, cpu"], "train")]
     assert fractions == pytest.approx([0.65, 0.1, 0.9, 0.5], abs=0.05)
@@ -275,7 +319,8 @@ def test_a_step_that_finds_no_memory_sends_state_away_and_is_done_again(
 ) -> None:
     plain, found = runs["short of memory, plenty"], runs["short of memory"]
     assert (steps(found), digests(found)) == (steps(plain), digests(plain))
-    counted = ("load_balancing_loss", "expert_tokens_mean", "expert_tokens_max")
+    counted = ("load_balancing_loss", "expert_tokens_mean", "expert_tokens_max", "loss_of")
+    assert all(len(r["loss_of"]) == 2 for r in events(plain, "train"))
     assert [[r.get(name) for name in counted] for r in events(found, "train")] == [
         [r.get(name) for name in counted] for r in events(plain, "train")
     ]

@@ -1,13 +1,17 @@
 """The sweep of mp-offload-bench: points, what goes on after a stop or a failure, who is dominated; and a real one."""
 
 import json
+import os
 import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trainer_runs
+from torch.distributed.run import parse_args as torchrun_args
 
 from megapatch.tools.offload_bench import pareto, sweep, tell
 from megapatch.tools.offload_bench.offload_bench import main
@@ -29,25 +33,25 @@ class Trainer:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, logs: dict[str, list[dict] | str]) -> None:
         self.logs, self.ran = logs, []
-        monkeypatch.setattr(sweep.subprocess, "run", self.run)
+        monkeypatch.setattr(sweep, "run_to_end", self.run)
 
-    def run(self, words: list[str], **_: Any) -> subprocess.CompletedProcess:
+    def run(self, words: list[str], _: float) -> tuple[int, str]:
         value = {flag: words[words.index(flag) + 1] for flag in words if flag.startswith("--")}
         self.ran.append(" ".join(words[words.index("--offload-optimizer") : words.index("--save")]))
         found = self.logs[Path(value["--save"]).name]
         if found == "interrupt":
             raise KeyboardInterrupt
         if isinstance(found, str):
-            return subprocess.CompletedProcess(words, 1, "", found)
+            return 1, found
         (Path(value["--save"]) / "iter_0000004").mkdir(parents=True)
         lines = [{"event": "start"}, *found, {"event": "end"}]
         (Path(value["--save"]) / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return subprocess.CompletedProcess(words, 0, "", "")
+        return 0, ""
 
 
 def test_points_are_the_ways_to_save_memory() -> None:
     base = ("--offload-optimizer", "0")
-    assert points(["0", "0.5", "auto"], ["full"], ["2"], ["--device-memory-gib", "4"]) == [
+    assert points(["0", "0.5", "0.0", "0.5", "auto"], ["full"], ["2"], ["--device-memory-gib", "4"]) == [
         Point("optimizer", "0", base),
         Point("optimizer", "0.5", ("--offload-optimizer", "0.5")),
         Point("optimizer", "auto", ("--offload-optimizer", "auto", "--device-memory-gib", "4")),
@@ -70,7 +74,10 @@ def test_a_command_is_the_trainer_with_the_points_options_last(tmp_path: Path) -
         "--log",
         f"{tmp_path}/s/log.jsonl",
     ]
-    assert one[-8:] == two[-8:] == end and two[two.index("--nproc-per-node") + 1] == "2"
+    assert one[-8:] == two[-8:] == end
+    started = torchrun_args(two[3:])  # which took --log for an abbreviation of options of its own
+    assert (started.nproc_per_node, started.module, started.training_script) == ("2", True, one[2])
+    assert started.training_script_args == one[3:]
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_failures_lose_nothing(
@@ -98,6 +105,60 @@ def test_a_sweep_goes_on_where_it_stopped_and_failures_lose_nothing(
     kept = [json.loads(line)["point"] for line in made.results.read_text().splitlines()]
     assert sorted(kept) == ["optimizer 0", "optimizer 0.5", "optimizer 1"]
     assert not list(tmp_path.glob("*/iter_*")) and len(list(tmp_path.glob("*/log.jsonl"))) == 2
+
+
+PARENT = """
+import pathlib, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+def end(*_):
+    child.kill()
+    sys.exit(child.wait())
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+print("x" * 200_000, file=sys.stderr)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("stop", [subprocess.TimeoutExpired("x", 1), KeyboardInterrupt()])
+def test_a_point_that_is_stopped_leaves_no_process_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    """As torchrun's, which are in sessions of their own; here one that says more than a pipe holds."""
+    named, real, calls = tmp_path / "child", subprocess.Popen.communicate, []
+
+    def communicate(self: Any, *args: Any, **words: Any) -> Any:
+        calls.append(words)
+        if len(calls) > 1:
+            return real(self, *args, **words)
+        while not named.exists() or not named.read_text():
+            time.sleep(0.01)
+        raise stop
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+    with pytest.raises(type(stop)):
+        sweep.run_to_end([sys.executable, "-c", PARENT, str(named)], 5.0)
+    assert calls == [{"timeout": 5.0}, {"timeout": sweep.GRACE_S}]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(named.read_text()), 0)
+
+
+@pytest.mark.parametrize(
+    ("program", "timeout_s", "told"),
+    [
+        ("import sys; sys.exit('mp-pretrain: error: no')", 60, "exit status 1: mp-pretrain: error: no"),
+        ("import sys; sys.exit(3)", 60, "exit status 3: no message"),
+        ("import time; time.sleep(600)", 0.5, "took more than 0.5 s (--timeout-s)"),
+        ("print('planned')", 60, "it ended without a step; is --dry-run among its options?"),
+        ("import os; os.kill(os.getpid(), 9)", 60, "exit status -9: no message"),
+    ],
+)
+def test_a_point_without_figures_has_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, timeout_s: float, told: str
+) -> None:
+    monkeypatch.setattr(Sweep, "command", lambda *_: [sys.executable, "-c", program])
+    (row,) = Sweep(tmp_path, GIVEN, 4, 1, timeout_s).rows(points([], [], []))
+    assert row["error"] == told and row["same_loss"] is None
 
 
 def test_a_sweep_of_other_options_is_refused(

@@ -95,7 +95,7 @@ class Trainer:
         start = time.perf_counter()
         lr = session.optimizer.param_groups[0]["lr"]
         with self.progress.profiler.around(session.step + 1):
-            result = self.fitting.train_step(lambda: self.train(session.consumed_samples))
+            result = self.fitting.train_step(self._batches)
         session.device.synchronize()
         seconds = time.perf_counter() - start
         session.step += 1
@@ -108,6 +108,12 @@ class Trainer:
             self._bad_step(result)
         else:
             self.bad_steps = 0
+
+    def _batches(self) -> Batches:
+        """The step's micro-batches, from the first; where it is done again, losses that were told of are forgotten."""
+        if self.trained:
+            self.trained.clear()
+        return self.train(self.session.consumed_samples)
 
     def _bad_step(self, result: StepResult) -> None:
         self.bad_steps += 1

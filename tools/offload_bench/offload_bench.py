@@ -8,21 +8,25 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from megapatch.models.cli import Common, UserError, opt, run
-from megapatch.models.space import DoesNotFit, count, free_bytes, short
+from megapatch.models.cli import UserError, run
+from megapatch.models.space import DoesNotFit, free_bytes, short
+from megapatch.tools.offload_bench.options import (
+    CHUNKS,
+    EMULATED_SIZES,
+    LINK_SIZES,
+    MEASURES,
+    MEMORY_SIZES,
+    NUMEL,
+    QUICK_NUMEL,
+    Options,
+)
 
 log = logging.getLogger(__name__)
-MEASURES = ("bandwidth", "adam", "overlap", "sweep")
-LINK_SIZES = tuple(2**power for power in range(16, 31, 2))  # 64 KiB to 1 GiB
-EMULATED_SIZES = (2**20, 2**24)  # of a link between two parts of the same memory
-MEMORY_SIZES = (256 << 20,)
-CHUNKS = tuple(2**power for power in range(14, 25, 2))  # 16 Ki to 16 Mi elements
-NUMEL, QUICK_NUMEL = 32 << 20, 16 << 20
 RESERVE_BYTES = 64 << 20  # left free for everything but the arrays
 ARRAYS_BYTES = 16  # per parameter: p, g, m, v in fp32
+OVERLAP_BYTES = 64 << 20  # of the copies beside matrix products
 CACHES = 8  # times the last-level cache is large enough to measure memory
 EXAMPLES = """examples:
   mp-offload-bench
@@ -34,85 +38,6 @@ over the same arrays that move the same 28 bytes per parameter (read p, g, m, v;
 nothing, taking turns with the kernels. All times are the smallest of --rounds. The sweep runs mp-pretrain with the
 options after -- for each point, resumes where it was stopped, and draws OUTPUT/sweep.svg. exit status: 0 measured; 1 a
 point of the sweep failed, or has other losses than the first; 2 wrong usage; 3 it does not fit in memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(Common):
-    """Measure what offloading costs on this machine: link, host memory, CPU Adam, what runs beside what; and, with the
-    trainer itself, what each way to save memory saves and costs."""
-
-    measure: list[str] = opt(
-        f"what to measure, of {', '.join(MEASURES)}", ["bandwidth", "adam", "overlap"], nargs="+", choices=MEASURES
-    )
-    numel: Optional[int] = opt(
-        f"parameters in the Adam step, such as 64Mi (default: {short(NUMEL)}, with --quick {short(QUICK_NUMEL)})",
-        None,
-        type=count,
-    )
-    chunks: list[int] = opt(
-        "elements in one chunk of the Adam step, such as 4Mi (default: 16Ki to 16Mi)", [], nargs="+", type=count
-    )
-    sizes: list[int] = opt(
-        "bytes of one buffer, such as 64KiB (default: transfers of 64KiB to 1GiB, without a GPU of 1MiB and "
-        "16MiB; memory arrays of 256MiB)",
-        [],
-        nargs="+",
-        type=count,
-    )
-    threads: list[int] = opt(
-        "CPU threads (default: 1, 2, 4, ... up to what torch would use, which OMP_NUM_THREADS limits)",
-        [],
-        nargs="+",
-        type=count,
-    )
-    rounds: Optional[int] = opt(
-        "rounds; the smallest time counts (default: 7, with --quick 3, fewer once the Adam steps took 40 or 5 seconds)",
-        None,
-        type=count,
-    )
-    ranks: int = opt("processes: Adam is also measured with so many at once; the sweep trains with them", 1)
-    link_gb_per_s: Optional[float] = opt("without a GPU: emulate a link of this many GB/s in each direction", None)
-    quick: bool = opt("smaller defaults: under 10 seconds, rougher figures", False)
-
-    output: Optional[Path] = opt("for the sweep: folder for results, logs and the plot; a sweep goes on in it", None)
-    steps: int = opt("for the sweep: optimizer steps of each point; the first two are not timed", 6)
-    fractions: list[str] = opt(
-        "for the sweep: values of --offload-optimizer, beside 0",
-        ["0.25", "0.5", "0.75", "1", "auto"],
-        nargs="*",
-        metavar="FRACTION",
-    )
-    device_memory_gib: Optional[float] = opt(
-        "for the sweep's point auto: memory of the device to fit, in GiB; without a GPU there is no such point "
-        "unless this is given",
-        None,
-    )
-    recompute: list[str] = opt(
-        "for the sweep: values of --recompute, points of their own", ["full"], nargs="*", metavar="KIND"
-    )
-    activations: list[str] = opt(
-        "for the sweep: values of --offload-activations, points of their own", [], nargs="*", metavar="LAYERS"
-    )
-    timeout_s: float = opt("for the sweep: seconds that a point may take", 3600.0)
-
-    def __post_init__(self) -> None:
-        """Check what argparse cannot."""
-        for flag, values, part in (("--sizes", self.sizes, "bandwidth"), ("--chunks", self.chunks, "adam")):
-            if values and part not in self.measure:
-                raise ValueError(f"{flag} has no effect without {part} in --measure")
-        if self.numel and not {"adam", "overlap"} & set(self.measure):
-            raise ValueError("--numel has no effect without adam or overlap in --measure")
-        if ("sweep" in self.measure) != (self.output is not None):
-            raise ValueError("--measure sweep and --output need each other")
-        if self.steps < 1 or self.ranks < 1:
-            raise ValueError("--steps and --ranks must be at least 1")
-        if self.link_gb_per_s is not None and not self.link_gb_per_s > 0:
-            raise ValueError(f"--link-gb-per-s {self.link_gb_per_s}: must be above 0")
-
-    @property
-    def rate(self) -> float | None:
-        """Bytes a second of the link to emulate."""
-        return self.link_gb_per_s and self.link_gb_per_s * 1e9
 
 
 @dataclass(frozen=True)
@@ -131,9 +56,10 @@ class Plan:
 def plan(options: Options, torch_threads: int, gpu: bool) -> Plan:
     """Fill in the defaults, and refuse more threads than there are CPUs."""
     cpus = len(os.sched_getaffinity(0))
-    threads = tuple(sorted(set(options.threads))) or _doubling(torch_threads)
+    threads = tuple(sorted(set(options.threads))) or _doubling(min(torch_threads, cpus))
     if threads[-1] > cpus:
-        raise UserError(f"--threads {threads[-1]}: this process may use {cpus} CPUs; choose at most {cpus}")
+        may = f"this process may use {cpus} CPU{'s' * (cpus > 1)}"
+        raise UserError(f"--threads {threads[-1]}: {may}; choose at most {cpus}")
     quick = options.quick
     sizes = tuple(sorted(set(options.sizes)))
     arrays, bandwidth = {"adam", "overlap"} & set(options.measure), "bandwidth" in options.measure
@@ -159,11 +85,17 @@ def l3_bytes() -> int:
     return os.sysconf(name) if name in os.sysconf_names else 0
 
 
-def refuse_what_does_not_fit(wanted: Plan, free: int, gpu_free: int | None, ranks: int = 0) -> None:
+def refuse_what_does_not_fit(options: Options, wanted: Plan, free: int, gpu_free: int | None) -> None:
     """DoesNotFit when an option's arrays need more than ``free`` bytes of memory, or of the GPU's."""
     from megapatch.tools.offload_bench import adam_step, measure
 
     free = max(0, free - RESERVE_BYTES)
+    ranks = options.ranks if "adam" in options.measure and options.ranks > 1 else 0
+    ends = measure.HOST_BUFFERS * (1 if gpu_free is not None else 2)  # the emulated device's are of the same memory
+    fixed = {
+        "bandwidth": max(measure.ODD_BYTES),
+        "overlap": ends * OVERLAP_BYTES + ARRAYS_BYTES * min(wanted.numel, QUICK_NUMEL),
+    }
     largest = max((*wanted.memory_sizes, *wanted.link_sizes), default=0)
     buffers = measure.ARRAYS if gpu_free is not None else 2 * measure.HOST_BUFFERS
     link = max(wanted.link_sizes, default=0)
@@ -176,6 +108,12 @@ def refuse_what_does_not_fit(wanted: Plan, free: int, gpu_free: int | None, rank
             raise DoesNotFit(
                 f"{flag} {short(size)}: needs {short(size * each)}B of {where} ({each} x), {short(room)}B are free "
                 f"(cgroup limits counted); choose at most {room // each} or free some"
+            )
+    for name in options.measure:
+        if (needed := fixed.get(name, 0)) > free:
+            raise DoesNotFit(
+                f"--measure {name}: needs {short(needed)}B of memory, {short(free)}B are free (cgroup limits counted); "
+                "leave it away or free some"
             )
 
 
@@ -221,7 +159,7 @@ def _overlap(options: Options, wanted: Plan) -> Iterator[dict[str, Any]]:
     from megapatch.tools.offload_bench.measure import overlap_rows
 
     log.info("overlap: copies and Adam beside matrix products")
-    yield from overlap_rows(min(wanted.numel, QUICK_NUMEL), 64 << 20, wanted.rounds, options.rate)
+    yield from overlap_rows(min(wanted.numel, QUICK_NUMEL), OVERLAP_BYTES, wanted.rounds, options.rate)
 
 
 def _sweep(options: Options, given: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -255,8 +193,7 @@ def bench(options: Options, given: Sequence[str] = ()) -> int:
         raise UserError("--measure sweep needs mp-pretrain's options after --, and nothing else does")
     gpu = gpu_name()
     wanted = plan(options, torch.get_num_threads(), bool(gpu))
-    adam_ranks = options.ranks if "adam" in options.measure and options.ranks > 1 else 0
-    refuse_what_does_not_fit(wanted, free_bytes(), gpu_free_bytes() if gpu else None, adam_ranks)
+    refuse_what_does_not_fit(options, wanted, free_bytes(), gpu_free_bytes() if gpu else None)
     if options.link_gb_per_s and gpu:
         raise UserError("--link-gb-per-s: a GPU has a link of its own; leave it away")
     rows: list[dict[str, Any]] = []

@@ -19,6 +19,7 @@ from megapatch.models.cli import UserError
 log = logging.getLogger(__name__)
 PACKAGE = __package__.rpartition(".tools.")[0]
 WARM_UP = 2  # steps whose time does not count
+GRACE_S = 60.0  # for a run to end; torchrun kills its processes after 30
 TAIL = 300  # characters of a failed run's last words
 
 
@@ -45,8 +46,8 @@ def points(
     """
     base = ("--offload-optimizer", "0")
     found = [Point("optimizer", "0", base)]
-    for fraction in fractions:
-        if fraction != "0":
+    for fraction in dict.fromkeys(fractions):
+        if fraction == "auto" or float(fraction):
             more = fit if fraction == "auto" else ()
             found.append(Point("optimizer", fraction, ("--offload-optimizer", fraction, *more)))
     found += [Point("recompute", kind, (*base, "--recompute", kind)) for kind in recompute]
@@ -89,7 +90,9 @@ class Sweep:
         if before.exists() and json.loads(before.read_text()) != about:
             raise UserError(f"--output {self.output}: has results of other options or steps; name another folder")
         self.output.mkdir(parents=True, exist_ok=True)
-        before.write_text(json.dumps(about))
+        if not before.exists():
+            with commit.staged_file(before) as path:
+                path.write_text(json.dumps(about))
         if not self.results.exists():
             return []
         return [json.loads(line) for line in self.results.read_text().splitlines()]
@@ -104,6 +107,7 @@ class Sweep:
         start = [sys.executable, "-m"]
         if self.ranks > 1:
             start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks), "-m"]
+            start += ["--"]  # or torchrun takes --log of what follows for an abbreviation of its own options
         own = ["--save", str(save), "--train-iters", str(self.steps), "--log", str(save / "log.jsonl")]
         cache = ["--data-cache-path", str(self.output / "data-cache")]
         return [*start, f"{PACKAGE}.trainer.pretrain", *cache, *self.given, *point.flags, *own]
@@ -114,18 +118,38 @@ class Sweep:
         row: dict[str, Any] = {"part": "sweep", "point": point.name, "kind": point.kind, "setting": point.setting}
         row["flags"] = list(point.flags)
         try:
-            ran = subprocess.run(self.command(point, save), capture_output=True, text=True, timeout=self.timeout_s)
-            if ran.returncode:
-                row["error"] = f"exit status {ran.returncode}: {last_words(ran.stderr)}"
-                return row
-            records = [json.loads(line) for line in (save / "log.jsonl").read_text().splitlines()]
-            found = measured([record for record in records if record["event"] == "train"])
-            return row | found
+            status, said = run_to_end(self.command(point, save), self.timeout_s)
+            if status:
+                return row | {"error": f"exit status {status}: {last_words(said)}"}
+            told = save / "log.jsonl"
+            records = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+            steps = [record for record in records if record["event"] == "train"]
+            return row | (
+                measured(steps) if steps else {"error": "it ended without a step; is --dry-run among its options?"}
+            )
         except subprocess.TimeoutExpired:
             return row | {"error": f"took more than {self.timeout_s:g} s (--timeout-s)"}
         finally:
             for folder in save.glob("iter_*"):  # a checkpoint that nobody asked for
                 shutil.rmtree(folder)
+
+
+def run_to_end(words: Sequence[str], timeout_s: float) -> tuple[int, str]:
+    """Exit status of a program, and its stderr. Where time is up, or Ctrl-C is pressed, it is ended first.
+
+    It is asked to, as torchrun then ends the processes that it started; killed, it would leave them behind.
+    """
+    running = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, said = running.communicate(timeout=timeout_s)
+    except BaseException:
+        running.terminate()
+        try:
+            running.communicate(timeout=GRACE_S)
+        finally:
+            running.kill()
+        raise
+    return running.returncode, said
 
 
 def last_words(said: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megapatch.models.device import Device
-from megapatch.trainer.offload.chunks import FLOAT_BYTES, Chunk, needed_bytes
+from megapatch.trainer.offload.chunks import FLOAT_BYTES, ROWS, Chunk, needed_bytes
 from megapatch.trainer.offload.engines import Engine, Rates, resident
 
 
@@ -85,7 +85,7 @@ class ChunkedAdam:
         """This rank's part [n] of a parameter's master and moments, in fp32: views, or copies where it was cut."""
         places = self.places[parameter]
         found = {"param": [chunk.masters()[number] for chunk, number in places]}
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in ROWS[:2]:
             found[name] = [chunk.pieces(chunk.row(name))[number] for chunk, number in places]
         return {
             name: pieces[0] if len(pieces) == 1 else torch.cat([piece.cpu() for piece in pieces])
@@ -94,15 +94,19 @@ class ChunkedAdam:
 
     @torch.no_grad()
     def set_tensors(self, parameter: Any, given: dict[str, Tensor]) -> None:
-        """Take over what ``tensors`` gave, of any shape."""
+        """Take over what ``tensors`` gave, of any shape; native weights may be left out, as they are loaded themselves.
+
+        What megatron-core says beside it, such as that it is no padding, is not for Adam.
+        """
+        names = [name for name in ("param", *ROWS[:2]) if name != "param" or name in given]
         for chunk, number in self.places[parameter]:
             span = chunk.spans[number]
             mine = slice(
                 span.first - self._begin(parameter), span.first - self._begin(parameter) + span.stop - span.start
             )
-            for name, value in given.items():
+            for name in names:
                 piece = chunk.masters()[number] if name == "param" else chunk.pieces(chunk.row(name))[number]
-                piece.copy_(value.reshape(-1)[mine])
+                piece.copy_(given[name].reshape(-1)[mine])
 
     def _begin(self, parameter: Any) -> int:
         chunk, number = self.places[parameter][0]

@@ -84,7 +84,10 @@ class Fitting:
     def train_step(self, batches: Callable[[], Batches]) -> StepResult:
         """One optimizer step on fresh batches; every rank must call."""
         if self.away is None or not self.follows:
-            return train_step(self.session, batches(), self.count)
+            try:
+                return train_step(self.session, batches(), self.count)
+            except torch.OutOfMemoryError as error:
+                raise self._does_not_fit(_line(error)) from error
         device = self.session.device
         device.forget_peak()
         self.reduced = False
@@ -124,18 +127,23 @@ class Fitting:
             raise self._does_not_fit(f"and no optimizer state is left there; {_line(error)}") from error
 
     def _does_not_fit(self, why: str) -> DoesNotFit:
-        peak = short(peak_bytes(self.session, self.count))
+        session, asked = self.session, self.session.options.offload_optimizer
+        peak = peak_bytes(session, self.count) if self.away else session.device.peak_memory_bytes()
         return DoesNotFit(
-            f"--offload-optimizer auto: step {self.session.step + 1} found no memory on the device (peak {peak}B), "
-            f"{why}; use more processes, --recompute full, or less --micro-batch-size or --seq-length"
+            (f"--offload-optimizer {asked}: " if asked else "")
+            + f"step {session.step + 1} found no memory on the device (peak {short(peak)}B), {why}; use "
+            + ("" if self.follows else "--offload-optimizer auto, ")
+            + "more processes, --recompute full, or less --micro-batch-size or --seq-length"
         )
 
     def _make_room(self) -> None:
         """After a step that found no memory: half of what this rank has on the device leaves."""
         assert self.away is not None
         before, self.full = self.away.fraction, True
-        peak = peak_bytes(self.session, self.count)
-        moved = leave(self.away.adams, -(-device_bytes(self.away.adams) // 2))
+        peak, half = peak_bytes(self.session, self.count), -(-device_bytes(self.away.adams) // 2)
+        moved = leave(self.away.adams, half, self.away.host_room())
+        if not moved:
+            raise self._does_not_fit(f"and the {short(half)}B of state that were to leave it find none on the host")
         self.session.device.free_cached()
         self.made = [self._move(SHORT, before, moved, peak)]  # for the log, which others write: after the step
         log.warning("rank %d: step %d: %s", self.made[0].rank, self.session.step + 1, _sentence(self.made[0]))
@@ -155,7 +163,7 @@ class Fitting:
         most, full = peak.tolist()
         room, moved, reason = self.budget_bytes - most, 0, "room"
         if room < 0:
-            moved, reason = leave(self.away.adams, -room), "over budget"
+            moved, reason = leave(self.away.adams, -room, self.away.host_room()), "over budget"
         elif not full and room > (band := round(BAND * self.budget_bytes)):
             moved = come_back(self.away.adams, room - band)
         mine = [*self.made, *([self._move(reason, before, moved, most)] if moved else [])]
@@ -195,13 +203,21 @@ def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def leave(adams: list[ChunkedAdam], wanted_bytes: int) -> int:
-    """Move at least so many bytes of state off the device, or all there are; how many moved."""
+def leave(adams: list[ChunkedAdam], wanted_bytes: int, most_bytes: int) -> int:
+    """Move at least so many bytes of state off the device, or all there are; how many moved.
+
+    At most ``most_bytes`` of host memory are taken for those that have no place there yet.
+    """
     moved = 0
     for adam in adams:
         count = adam.count
         while count < len(adam.chunks) and moved < wanted_bytes:
-            moved += adam.chunks[count].memory.nbytes
+            chunk = adam.chunks[count]
+            taken = 0 if chunk.slot is not None else needed_bytes([chunk], mastered=adam.engine.mastered)
+            if taken > most_bytes:
+                break
+            most_bytes -= taken
+            moved += chunk.memory.nbytes
             count += 1
         adam.place(count)
     return moved

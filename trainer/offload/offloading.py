@@ -36,6 +36,7 @@ class Offloading:
     engine: str
     chunk: int  # elements
     measured: Measured | None  # with --offload-engine auto
+    neighbours: int  # processes on this node, with this one
     counted: tuple[int, int] = (0, 0)  # bytes that the lanes had copied when it was told last
 
     @property
@@ -49,6 +50,10 @@ class Offloading:
         """Bytes of host memory that are taken: places of chunks, wherever they are now, and what is staged."""
         staged = max((adam.engine.host_bytes for adam in self.adams), default=0)  # one engine for all
         return staged + sum(chunk.slot.nbytes for adam in self.adams for chunk in adam.chunks if chunk.slot is not None)
+
+    def host_room(self) -> int:
+        """Bytes of host memory that this process may still take: its part of what is free now."""
+        return free_bytes() // self.neighbours
 
     def described(self) -> dict[str, Any]:
         """For the log, once."""
@@ -66,6 +71,8 @@ class Offloading:
         before, self.counted = self.counted, now
         d2h, h2d = (after - then for after, then in zip(now, before, strict=True))
         spent = [adam.spent for adam in self.adams]
+        for adam in self.adams:
+            adam.spent = {}  # the next step may be skipped
         return {
             "offload_fraction": self.fraction,
             "offload_host_bytes": host_bytes(self.adams),
@@ -90,8 +97,10 @@ def start(options: TrainOptions, device: Device, optimizer: Any, wrapped: list[A
     name = measured.best if measured else options.offload_engine
     chunk = options.offload_chunk or default_chunk(name, sum(shard.length for part in found for shard in part))
     largest = min(chunk, max((shard.length for part in found for shard in part), default=1))
-    pieces = [stop - start for part in found for shard in part for start, stop in chunking.cut(shard.spans, largest)]
-    fraction = _fitting_host(options, sum(map(stride, pieces)), largest, width, name)
+    if not options.least_offloaded:
+        largest = 0  # nothing will be on its way
+    pieces = [stop - start for part in found for shard in part for start, stop in chunking.cut(shard.spans, chunk)]
+    fraction, neighbours = _fitting_host(options, sum(map(stride, pieces)), largest, width, name)
     engine = _engine(name, device, (down, up), largest, width)
     adams = []
     for i, part_shards in zip(held, found, strict=True):
@@ -100,7 +109,7 @@ def start(options: TrainOptions, device: Device, optimizer: Any, wrapped: list[A
         adams.append(ChunkedAdam(part.optimizer.param_groups, chunks, engine, device))
         adams[-1].place(count)
         optimizer.chained_optimizers[i] = take_over(part, adams[-1])
-    return Offloading(options, device, adams, down, up, name, chunk, measured)
+    return Offloading(options, device, adams, down, up, name, chunk, measured, neighbours)
 
 
 def default_chunk(engine: str, parameters: int) -> int:
@@ -114,10 +123,10 @@ def _engine(name: str, device: Device, link: tuple[Lane, Lane], largest: int, wi
     return StreamEngine(*link, largest, device.torch)
 
 
-def _fitting_host(options: TrainOptions, length: int, largest: int, width: int, name: str) -> float:
-    """The fraction to begin with: the one asked for, or what fits in host memory (every rank must call).
+def _fitting_host(options: TrainOptions, length: int, largest: int, width: int, name: str) -> tuple[float, int]:
+    """The fraction to begin with: the one asked for, or what fits in host memory; and the processes on this node.
 
-    DoesNotFit where the processes of a node would need more of its memory than it has.
+    Every rank must call. DoesNotFit where the processes of a node would need more of its memory than it has.
     """
     rows = len(ROWS) if name == "cpu" or width != FLOAT_BYTES else len(ROWS) - 1
     staged = CpuEngine.staged_bytes(largest, width) if name == "cpu" else 0
@@ -127,7 +136,7 @@ def _fitting_host(options: TrainOptions, length: int, largest: int, width: int, 
     state, more, free = sum(n for n, _ in here), sum(n for _, n in here), free_bytes()
     fits = min(1.0, max(0.0, (free - more) / max(1, state)))
     if options.offload_fraction is None:
-        return fits
+        return fits, len(here)
     with together():
         if options.offload_fraction > fits:
             who = f"{len(here)} processes on this node need" if len(here) > 1 else "this process needs"
@@ -136,4 +145,4 @@ def _fitting_host(options: TrainOptions, length: int, largest: int, width: int, 
                 f"{short(options.offload_fraction * state + more)}B of host memory, {short(free)}B are free (cgroup "
                 f"limits counted); at most {int(fits * 100) / 100:g} of the optimizer's state fits"
             )
-    return options.offload_fraction
+    return options.offload_fraction, len(here)

@@ -46,7 +46,7 @@ class OffloadOptions:
 
     def streamed_bytes(self, parameters: int) -> int:
         """Bytes on the device for chunks on their way, of a rank of so many parameters, where --offload-engine asks."""
-        if self.offload_optimizer is None or self.offload_engine != "stream":
+        if not self.least_offloaded or self.offload_engine != "stream":
             return 0
         return AHEAD * 3 * 4 * min(parameters, self.offload_chunk or CHUNKS["stream"])
 
