@@ -68,6 +68,18 @@ def test_stdout_has_only_rows_and_stderr_ends_with_rates(model: Path, capsys: py
     assert "prefill: 1 tokens in" in last and "decode: 7 tokens in" in last and last.endswith("tokens/s")
 
 
+def test_memory_is_told_before_anything_is_generated(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for choice, copies in (("auto", True), ("never", False)):
+        assert main(["--model", str(model), "--prompt", "abc", *SHORT, "--pack-weights", choice]) == 0
+        out, err = capsys.readouterr()
+        (line,) = [line for line in err.splitlines() if "memory: " in line]
+        assert line.startswith("mp-generate: memory: weights ") and ", keys and values up to 11KiB" in line
+        assert ("B, packed copies of them " in line) == copies
+        texts.append(out)
+    assert texts[0] == texts[1]
+
+
 def test_progress_is_told_every_now_and_then(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,50 @@ def _tensors(cache: Any) -> Iterator[torch.Tensor]:
         yield from (keys, values)
 
 
+def packed_parts(made: Any) -> list[Any]:
+    return [part for part in made.executor.parts if getattr(part, "packed", None) is not None]
+
+
+@pytest.mark.parametrize("kind", ["llama", "latent", "experts"])
+def test_memory_is_told_with_the_copies_of_weights(kind: str, models: dict[str, Any]) -> None:
+    made = engine(models[kind], batch_size=3, executor="lean")
+    before = made.memory
+    assert before.weights == sum(weight.nbytes for weight in models[kind][0].parameters())
+    assert before.cache == 3 * sum(kept.numbers * kept.positions(LENGTH) for kept in made.executor.kept) * 4
+    expected = made.generate([Request(LONG, Sampling(max_new_tokens=6))])
+    copies = [torch.ops.mkldnn._nbytes(part.packed) for part in packed_parts(made)]
+    assert made.memory.copies == sum(copies) and len(copies) >= 4 * 2
+    assert before.copies <= sum(copies) < 4 * before.copies, "kernels round the sides of tiny weights up"
+    without = engine(models[kind], batch_size=3, executor="lean", packed=False)
+    (done,) = without.generate([Request(LONG, Sampling(max_new_tokens=6))])
+    same(done, expected[0])
+    assert (without.memory.copies, packed_parts(without)) == (0, [])
+    assert engine(models[kind], executor="module").memory.copies == 0
+    assert "packed" in str(before) and "packed" not in str(without.memory)
+
+
+def test_copies_of_weights_are_kept_only_where_free_memory_holds_them(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from megapatch.models.generation import memory
+
+    needed = engine(models["llama"]).memory
+    requests = [Request(prompt, Sampling(max_new_tokens=12)) for prompt in PROMPTS]
+    expected = engine(models["llama"]).generate(requests)
+    for share, processes, packs in ((1.2, 1, True), (1.0, 1, False), (1.2, 2, False), (2.4, 2, True)):
+        caplog.clear()
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        monkeypatch.setattr(memory, "free_bytes", lambda: int((needed.copies + needed.cache) * share))  # noqa: B023
+        made = engine(models["llama"])
+        for done, wanted in zip(made.generate(requests), expected, strict=True):
+            same(done, wanted)
+        assert bool(packed_parts(made)) == bool(made.memory.copies) == packs
+        assert ("packed copies of weights would take" in caplog.text) == (not packs)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 0)
+    made = engine(models["llama"], draft=models["experts"])
+    assert made.memory.copies == 0 and made.draft.copy_bytes == 0
+
+
 def test_a_budget_for_less_than_one_sequence_is_refused(models: dict[str, Any]) -> None:
     from megapatch.models.cli import UserError
 
