@@ -55,6 +55,23 @@ def test_turns_are_those_of_the_conversation_so_far(
     assert "user: Hi\nassistant: " in err and "forgotten" in err and "cut off at --max-new-tokens" in err
 
 
+def test_a_turn_reads_what_is_new(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megapatch.tools.generate import loading
+
+    engines: list[Any] = []
+    make = loading.engine
+    monkeypatch.setattr(loading, "engine", lambda *args, **words: engines.append(make(*args, **words)) or engines[-1])
+    assert talk(["Hello there", "Go on"], monkeypatch, "--model", str(model)) == 0
+    first = "u:Hello there\na:"
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 2
+    statistics = engines[0].statistics
+    assert statistics.shared_tokens >= len(first), "the first turn is not read again"
+    assert statistics.prefill_tokens <= len(first) + 6 * 3 + len("\nu:Go on\na:")
+
+
 def test_retry_draws_other_numbers_and_what_does_not_fit_is_told(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,63 @@ def test_a_prefix_is_read_once(kind: str, executor: str, models: dict[str, Any])
             assert statistics.prefill_tokens == 40 + 4 + 3 * 2 + 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_context_is_read_once_for_all_that_may_follow(
+    kind: str, executor: str, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets of one token, of several, alike at first; contexts in turns; in few rows of logits at a time."""
+    from megapatch.tools.generate.likelihood import Pair, request, score
+
+    contexts = LONG[:30], [*LONG[:20], 5, 6, 7], [1, 2]
+    pairs = [Pair(context, target) for context in contexts for target in ([9], [3, 4, 5, 8], [3, 4], [11, 12])]
+    expected = []
+    for pair in pairs:
+        whole = [*pair.context, *pair.target[:-1]]
+        asked = Sampling(max_new_tokens=1, prompt_logprobs=True, logit_bias={pair.target[-1]: 1e9})
+        done = alone(models[kind], Request(whole, asked), "module")
+        expected.append([*done.prompt_logprobs, *done.logprobs][-len(pair.target) :])
+    for rows, batch_size in ((1 << 26, 1), (1 << 26, 3), (1 << 26, 16), (2 * VOCAB, 3)):
+        monkeypatch.setattr("megapatch.models.generation.engine._LOGITS", rows)
+        made = engine(models[kind], batch_size=batch_size, executor=executor)
+        found = dict(score(made, pairs))
+        for number, logprobs in enumerate(expected):
+            assert found[number].logprobs == pytest.approx(logprobs, abs=TOLERANCE)
+        statistics = made.statistics
+        assert statistics.prefill_tokens + statistics.shared_tokens == sum(len(request(pair).prompt) for pair in pairs)
+        if "windows" not in kind:
+            beginnings = 29 + 2 + 4 * 1  # of contexts but their last token; two tokens are not worth a copy
+            assert statistics.prefill_tokens == beginnings + sum(len(pair.target) for pair in pairs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_engine_that_keeps_goes_on_where_the_last_run_ended(
+    kind: str, executor: str, models: dict[str, Any]
+) -> None:
+    draft = {} if "windows" in kind else {"draft": models["llama"], "draft_tokens": 2}
+    for settings in ({}, draft):
+        made = engine(models[kind], executor=executor, batch_size=1, keep=True, **settings)
+        prompt, read = LONG[:10], []
+        for turn in range(4):
+            request = Request(prompt, Sampling(max_new_tokens=6))
+            before = made.statistics.prefill_tokens
+            (done,) = made.generate([request])
+            same(done, alone(models[kind], request, "module"))
+            read.append(made.statistics.prefill_tokens - before)
+            prompt = [*prompt, *done.token_ids, 60 + turn, 70 + turn]
+        assert read == [10, 3, 3, 3], "the last token of an answer is never read before the next turn"
+        running = made.run([Request(prompt[:-3], Sampling(max_new_tokens=6))])
+        running.close()  # as Ctrl-C does
+        broken = made.run([Request(prompt, Sampling(max_new_tokens=6)), Request([1], Sampling(max_new_tokens=6))])
+        same(next(broken), alone(models[kind], Request(prompt, Sampling(max_new_tokens=6)), "module"))
+        broken.close()
+        before = made.statistics.prefill_tokens
+        (done,) = made.generate([Request(prompt, Sampling(max_new_tokens=6))])
+        same(done, alone(models[kind], done.request, "module"))
+        assert made.statistics.prefill_tokens - before == len(prompt), "nothing is left of a run that was broken off"
+
+
 def _single(request: Request) -> list[Request]:
     from dataclasses import replace
 

@@ -62,6 +62,7 @@ class Engine:
         prefill_tokens: int = 4096,
         executor: ExecutorKind = "auto",
         packed: bool = True,
+        keep: bool = False,
         tokenizer: Tokenizer | None = None,
         group: dist.ProcessGroup | None = None,
         draft: torch.nn.Module | Sequence[torch.nn.Module] | None = None,
@@ -75,6 +76,7 @@ class Engine:
 
         ``executor``: lean where the layout lets it, module for megatron-core's own forward pass; ``packed``: the lean
         one may keep a copy of the weights that CPU kernels read faster, where free memory holds it (see ``memory``).
+        ``keep``: keys and values stay from run to run, for prompts that go on from earlier ones: while weights stay.
         ``group``: the processes that make the same calls; by default those that share a model and its experts.
         ``draft``: a smaller model at the same layout that proposes up to ``draft_tokens`` tokens at a time; what is
         answered stays the same, and comes sooner where it often guesses right.
@@ -90,6 +92,8 @@ class Engine:
             )
         self.vocab_size, self.max_length, self.prefill_tokens = vocab_size, max_length, prefill_tokens
         self.tokenizer, self.on_step, self.on_piece = tokenizer, on_step, on_piece
+        self.keep = keep
+        self._kept: tuple[KeyValueCache, Drafts | None, list[Growing | None]] | None = None
         self.device = next(self.chunks[0].parameters()).device
         group = group or default_group(config)
         self.agreement = Agreement(group, self.chunks[-1].post_process, self.device)
@@ -176,8 +180,9 @@ class Engine:
         return KeyValueCache(self.batch_size, self.max_length, self.device, self.multiple, self.budgeted)
 
     def _run(self, waiting: Iterator[Growing]) -> Iterator[Completion]:
-        cache, drafts = self._cache(), self._drafts()
-        slots = Slots(cache, waiting, drafts.cache if drafts else None)
+        cache, drafts, content = self._kept or (self._cache(), self._drafts(), [])
+        self._kept = None  # a run that is broken off leaves nothing
+        slots = Slots(cache, waiting, drafts.cache if drafts else None, content)
         shared_before = self.statistics.shared_tokens
         while True:
             started = time.perf_counter()
@@ -188,6 +193,7 @@ class Engine:
             elif active := slots.sequences():
                 self._decode(cache, active, drafts, started)
             else:
+                self._kept = (cache, drafts, slots.content) if self.keep else None
                 return
             self.statistics.passes += 1
             self.statistics.shared_tokens = shared_before + slots.shared_tokens
