@@ -5,15 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import byte_tokenizer, tiny_model
+from tiny_models import CHAT_TEMPLATE, byte_tokenizer, chat_model, tiny_model
 
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.tools.generate.generate import main
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% if m.role == 'oracle' %}!{% endif %}{% endfor %}"
-    "{% if tools %}[{{ tools | length }}]{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 USER = [{"role": "user", "content": "Hi"}]
 SHORT = ["--max-new-tokens", "6"]
 
@@ -21,11 +17,7 @@ SHORT = ["--max-new-tokens", "6"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a chat template."""
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    tiny_model(folder, "qwen3", vocab_size=260)
-    byte_tokenizer(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("model") / "hf")
 
 
 @pytest.fixture
@@ -222,7 +214,7 @@ def test_without_a_template_there_are_no_conversations(
         assert main([*base, *arguments, *(["--on-bad-line", "skip"] if "--input" in arguments else [])]) == 1
         assert "no chat template" in capsys.readouterr().err
     template = tmp_path / "own.jinja"
-    template.write_text(TEMPLATE)
+    template.write_text(CHAT_TEMPLATE)
     assert main([*base, "--input", str(file), "--template", str(template)]) == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "<user>Hi\n<assistant>"
 

@@ -12,24 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import byte_tokenizer, tiny_model
+from tiny_models import chat_model
 
 from megapatch.tools.generate.generate import main
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
-)
 TURN = ["--max-new-tokens", "6"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of 64 positions, with a chat template."""
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    tiny_model(folder, "qwen3", vocab_size=260)
-    byte_tokenizer(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("model") / "hf")
 
 
 def talk(typed: list[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -63,13 +56,13 @@ def test_a_turn_reads_what_is_new(
     engines: list[Any] = []
     make = loading.engine
     monkeypatch.setattr(loading, "engine", lambda *args, **words: engines.append(make(*args, **words)) or engines[-1])
-    assert talk(["Hello there", "Go on"], monkeypatch, "--model", str(model)) == 0
-    first = "u:Hello there\na:"
+    assert talk(["Hi", "Go on"], monkeypatch, "--model", str(model)) == 0
+    first = "<user>Hi\n<assistant>"
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == 2
     statistics = engines[0].statistics
     assert statistics.shared_tokens >= len(first), "the first turn is not read again"
-    assert statistics.prefill_tokens <= len(first) + 6 * 3 + len("\nu:Go on\na:")
+    assert statistics.prefill_tokens <= len(first) + 6 * 3 + len("\n<user>Go on\n<assistant>")
 
 
 def test_retry_draws_other_numbers_and_what_does_not_fit_is_told(
