@@ -12,7 +12,7 @@ million parameters. --mixed: so many requests of different lengths, transformers
 so many processes of a thread each, transformers' in one of as many threads, one after the other.
 
 On a busy machine, threads that spin between kernels wait for cores that others have, and both sides become slow and
-uneven; OMP_WAIT_POLICY=passive has them sleep instead, which on a quiet machine costs both up to a quarter of their speed.
+uneven; OMP_WAIT_POLICY=passive has them sleep instead, which on a quiet machine costs up to a quarter of the speed.
 """
 
 import argparse
