@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,22 @@ def test_progress_is_told_every_now_and_then(
     assert "mp-generate: 0 of 4 prompts done, " in told[0]
     assert "mp-generate: 2 of 4 prompts done, " in told[8]
     assert told[0].endswith(" left") and " tokens/s, at most 0:00:0" in told[15]
+
+
+def test_a_terminal_shows_the_bar_on_lines_of_its_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert main(["--model", str(model), *flags(TEXTS), *SHORT, "--output", str(tmp_path / "out.jsonl")]) == 0
+    lines = [line for line in re.split(r"[\r\n]+", shown.getvalue()) if line.strip()]
+    bars = [" of 4 prompts:" in line for line in lines]
+    assert bars == [*sorted(bars[:-1]), False] and sum(bars) >= 2, lines
+    assert all(line.startswith("mp-generate: ") != bar for line, bar in zip(lines, bars, strict=True))
 
 
 def test_text_and_json_lines_from_files_and_stdin_are_the_same(
