@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,54 +58,6 @@ def test_flags_give_one_row_for_each_prompt(model: Path, capsys: pytest.CaptureF
         assert row["text"] == tokenizer.decode(row["token_ids"]).rstrip("\ufffd")
         assert len(row["logprobs"]) == 8
         assert max(row["logprobs"]) < 0
-
-
-def test_stdout_has_only_rows_and_stderr_ends_with_rates(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model", str(model), "--prompt", "a", *SHORT]) == 0
-    out, err = capsys.readouterr()
-    assert len(rows(out)) == 1
-    last = err.splitlines()[-1]
-    assert "prefill: 1 tokens in" in last and "decode: 7 tokens in" in last and last.endswith("tokens/s")
-
-
-def test_memory_is_told_before_anything_is_generated(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = []
-    for choice, copies in (("auto", True), ("never", False)):
-        assert main(["--model", str(model), "--prompt", "abc", *SHORT, "--pack-weights", choice]) == 0
-        out, err = capsys.readouterr()
-        (line,) = [line for line in err.splitlines() if "memory: " in line]
-        assert line.startswith("mp-generate: memory: weights ") and ", keys and values up to 11KiB" in line
-        assert ("B, packed copies of them " in line) == copies
-        texts.append(out)
-    assert texts[0] == texts[1]
-
-
-def test_progress_is_told_every_now_and_then(
-    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megapatch.tools.generate.progress.EVERY_S", 0.0)
-    assert main(["--model", str(model), *flags(TEXTS), *SHORT, "--batch-size", "2"]) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "prompts done" in line]
-    assert len(told) == 16  # forward passes: 2 prompts, 8 tokens each, twice
-    assert "mp-generate: 0 of 4 prompts done, " in told[0]
-    assert "mp-generate: 2 of 4 prompts done, " in told[8]
-    assert told[0].endswith(" left") and " tokens/s, at most 0:00:0" in told[15]
-
-
-def test_a_terminal_shows_the_bar_on_lines_of_its_own(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    shown = Terminal()
-    monkeypatch.setattr(sys, "stderr", shown)
-    assert main(["--model", str(model), *flags(TEXTS), *SHORT, "--output", str(tmp_path / "out.jsonl")]) == 0
-    lines = [line for line in re.split(r"[\r\n]+", shown.getvalue()) if line.strip()]
-    bars = [" of 4 prompts:" in line for line in lines]
-    assert bars == [*sorted(bars[:-1]), False] and sum(bars) >= 2, lines
-    assert all(line.startswith("mp-generate: ") != bar for line, bar in zip(lines, bars, strict=True))
 
 
 def test_text_and_json_lines_from_files_and_stdin_are_the_same(
