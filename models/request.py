@@ -82,6 +82,7 @@ class Request:
     sampling: Sampling = Sampling()
     key: str = ""
     sample: int = 0  # of ``sampling.n``, the number of the first
+    scored_from: int = 1  # with ``sampling.prompt_logprobs``: place in the prompt of the first token that is scored
 
     def samples(self) -> "list[Request]":
         """A request for each of the ``n`` completions."""
@@ -90,6 +91,7 @@ class Request:
     def problem(self, vocab_size: int, max_length: int) -> str:
         """Why a model of this vocabulary and length (in tokens) cannot do it; empty when it can."""
         low, high = min(self.prompt, default=0), max(self.prompt, default=0)
+        assert self.scored_from >= 1, "nothing comes before the first token"
         if not self.prompt:
             return "the prompt has no tokens; expected at least 1"
         if low < 0 or high >= vocab_size:

@@ -60,26 +60,6 @@ def test_flags_give_one_row_for_each_prompt(model: Path, capsys: pytest.CaptureF
         assert max(row["logprobs"]) < 0
 
 
-def test_stdout_has_only_rows_and_stderr_ends_with_rates(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model", str(model), "--prompt", "a", *SHORT]) == 0
-    out, err = capsys.readouterr()
-    assert len(rows(out)) == 1
-    last = err.splitlines()[-1]
-    assert "prefill: 1 tokens in" in last and "decode: 7 tokens in" in last and last.endswith("tokens/s")
-
-
-def test_progress_is_told_every_now_and_then(
-    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megapatch.tools.generate.progress.EVERY_S", 0.0)
-    assert main(["--model", str(model), *flags(TEXTS), *SHORT, "--batch-size", "2"]) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "prompts done" in line]
-    assert len(told) == 16  # forward passes: 2 prompts, 8 tokens each, twice
-    assert "mp-generate: 0 of 4 prompts done, " in told[0]
-    assert "mp-generate: 2 of 4 prompts done, " in told[8]
-    assert told[0].endswith(" left") and " tokens/s, at most 0:00:0" in told[15]
-
-
 def test_text_and_json_lines_from_files_and_stdin_are_the_same(
     model: Path, tmp_path: Path, give_stdin: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,15 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import byte_tokenizer, tiny_model
+from tiny_models import CHAT_TEMPLATE, byte_tokenizer, chat_model, tiny_model
 
 from megapatch.models.tokenizer import Tokenizer
 from megapatch.tools.generate.generate import main
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% if m.role == 'oracle' %}!{% endif %}{% endfor %}"
-    "{% if tools %}[{{ tools | length }}]{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 USER = [{"role": "user", "content": "Hi"}]
 SHORT = ["--max-new-tokens", "6"]
 
@@ -21,11 +17,7 @@ SHORT = ["--max-new-tokens", "6"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a chat template."""
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    tiny_model(folder, "qwen3", vocab_size=260)
-    byte_tokenizer(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("model") / "hf")
 
 
 @pytest.fixture
@@ -144,6 +136,8 @@ def test_an_openai_batch_is_answered_in_its_own_format(ask: Any, model: Path) ->
 
 BAD: dict[str, tuple[Any, str]] = {
     "no JSON": ("{", "in.jsonl:2: not JSON"),
+    "no line": ("", "in.jsonl:2: an empty line; expected one object a line"),
+    "no line of another system": ("\r", "in.jsonl:2: an empty line; expected one object a line"),
     "unknown role": ({"messages": [{"role": "wizard", "content": "a"}]}, "messages[0]: unknown role 'wizard'"),
     "no role": ({"messages": [{"content": "a"}]}, "unknown role None"),
     "no messages": ({"messages": []}, "messages []; expected a list"),
@@ -208,11 +202,17 @@ def test_bad_lines_are_named_and_skipped_and_the_others_go_on(
     assert "no good line" in capsys.readouterr().err
 
 
-def test_a_mark_of_byte_order_is_no_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_marks_of_byte_order_and_of_ends_of_lines_are_no_text(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "in.txt"
-    file.write_text("Hi\n", encoding="utf-8-sig")
-    assert main(["--model", str(model), "--input", str(file), *SHORT]) == 0
-    assert json.loads(capsys.readouterr().out)["prompt"] == "Hi"
+    for ends in ("\n", "\r\n"):
+        file.write_text(f"Hi{ends}there{ends}", encoding="utf-8-sig", newline="")
+        assert main(["--model", str(model), "--input", str(file), *SHORT]) == 0
+        assert [json.loads(row)["prompt"] for row in capsys.readouterr().out.splitlines()] == ["Hi", "there"]
+    file.write_text("Hi\n\n")
+    assert main(["--model", str(model), "--input", str(file), *SHORT]) == 1
+    assert "in.txt:2: the prompt has no tokens; expected at least 1" in capsys.readouterr().err
 
 
 def test_without_a_template_there_are_no_conversations(
@@ -226,7 +226,7 @@ def test_without_a_template_there_are_no_conversations(
         assert main([*base, *arguments, *(["--on-bad-line", "skip"] if "--input" in arguments else [])]) == 1
         assert "no chat template" in capsys.readouterr().err
     template = tmp_path / "own.jinja"
-    template.write_text(TEMPLATE)
+    template.write_text(CHAT_TEMPLATE)
     assert main([*base, "--input", str(file), "--template", str(template)]) == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "<user>Hi\n<assistant>"
 

@@ -66,6 +66,18 @@ def interrupted(output: Path, asked: list[str], rows: list[str], torn: str = "")
     return partial
 
 
+def test_what_decided_the_lines_is_not_written_again_where_a_kill_could_tear_it(
+    asked: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    about = interrupted(output, asked, expected[:5]).with_name("out.jsonl.partial.json")
+    before = about.read_bytes(), about.stat().st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megapatch.tools.generate.generate._run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*asked, "--output", str(output), "--resume"]) == 130
+    assert (about.read_bytes(), about.stat().st_mtime_ns) == before
+
+
 def test_a_torn_last_line_is_cut_and_written_anew(
     asked: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

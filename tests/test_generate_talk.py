@@ -12,24 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import byte_tokenizer, tiny_model
+from tiny_models import chat_model
 
 from megapatch.tools.generate.generate import main
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
-)
 TURN = ["--max-new-tokens", "6"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of 64 positions, with a chat template."""
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    tiny_model(folder, "qwen3", vocab_size=260)
-    byte_tokenizer(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("model") / "hf")
 
 
 def talk(typed: list[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -53,6 +46,23 @@ def test_turns_are_those_of_the_conversation_so_far(
         messages.append({"role": "assistant", "content": answers[-1]})
     assert out == f"{answers[0]}\n{answers[1]}\n{answers[0]}\n"
     assert "user: Hi\nassistant: " in err and "forgotten" in err and "cut off at --max-new-tokens" in err
+
+
+def test_a_turn_reads_what_is_new(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megapatch.tools.generate import loading
+
+    engines: list[Any] = []
+    make = loading.engine
+    monkeypatch.setattr(loading, "engine", lambda *args, **words: engines.append(make(*args, **words)) or engines[-1])
+    assert talk(["Hi", "Go on"], monkeypatch, "--model", str(model)) == 0
+    first = "<user>Hi\n<assistant>"
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 2
+    statistics = engines[0].statistics
+    assert statistics.shared_tokens >= len(first), "the first turn is not read again"
+    assert statistics.prefill_tokens <= len(first) + 6 * 3 + len("\n<user>Go on\n<assistant>")
 
 
 def test_retry_draws_other_numbers_and_what_does_not_fit_is_told(

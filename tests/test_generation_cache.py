@@ -87,6 +87,63 @@ def test_a_prefix_is_read_once(kind: str, executor: str, models: dict[str, Any])
             assert statistics.prefill_tokens == 40 + 4 + 3 * 2 + 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_context_is_read_once_for_all_that_may_follow(
+    kind: str, executor: str, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets of one token, of several, alike at first; contexts in turns; in few rows of logits at a time."""
+    from megapatch.tools.generate.likelihood import Pair, request, score
+
+    contexts = LONG[:30], [*LONG[:20], 5, 6, 7], [1, 2]
+    pairs = [Pair(context, target) for context in contexts for target in ([9], [3, 4, 5, 8], [3, 4], [11, 12])]
+    expected = []
+    for pair in pairs:
+        whole = [*pair.context, *pair.target[:-1]]
+        asked = Sampling(max_new_tokens=1, prompt_logprobs=True, logit_bias={pair.target[-1]: 1e9})
+        done = alone(models[kind], Request(whole, asked), "module")
+        expected.append([*done.prompt_logprobs, *done.logprobs][-len(pair.target) :])
+    for rows, batch_size in ((1 << 26, 1), (1 << 26, 3), (1 << 26, 16), (2 * VOCAB, 3)):
+        monkeypatch.setattr("megapatch.models.generation.engine._LOGITS", rows)
+        made = engine(models[kind], batch_size=batch_size, executor=executor)
+        found = dict(score(made, pairs))
+        for number, logprobs in enumerate(expected):
+            assert found[number].logprobs == pytest.approx(logprobs, abs=TOLERANCE)
+        statistics = made.statistics
+        assert statistics.prefill_tokens + statistics.shared_tokens == sum(len(request(pair).prompt) for pair in pairs)
+        if "windows" not in kind:
+            beginnings = 29 + 2 + 4 * 1  # of contexts but their last token; two tokens are not worth a copy
+            assert statistics.prefill_tokens == beginnings + sum(len(pair.target) for pair in pairs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_engine_that_keeps_goes_on_where_the_last_run_ended(
+    kind: str, executor: str, models: dict[str, Any]
+) -> None:
+    draft = {} if "windows" in kind else {"draft": models["llama"], "draft_tokens": 2}
+    for settings in ({}, draft):
+        made = engine(models[kind], executor=executor, batch_size=1, keep=True, **settings)
+        prompt, read = LONG[:10], []
+        for turn in range(4):
+            request = Request(prompt, Sampling(max_new_tokens=6))
+            before = made.statistics.prefill_tokens
+            (done,) = made.generate([request])
+            same(done, alone(models[kind], request, "module"))
+            read.append(made.statistics.prefill_tokens - before)
+            prompt = [*prompt, *done.token_ids, 60 + turn, 70 + turn]
+        assert read == [10, 3, 3, 3], "the last token of an answer is never read before the next turn"
+        running = made.run([Request(prompt[:-3], Sampling(max_new_tokens=6))])
+        running.close()  # as Ctrl-C does
+        broken = made.run([Request(prompt, Sampling(max_new_tokens=6)), Request([1], Sampling(max_new_tokens=6))])
+        same(next(broken), alone(models[kind], Request(prompt, Sampling(max_new_tokens=6)), "module"))
+        broken.close()
+        before = made.statistics.prefill_tokens
+        (done,) = made.generate([Request(prompt, Sampling(max_new_tokens=6))])
+        same(done, alone(models[kind], done.request, "module"))
+        assert made.statistics.prefill_tokens - before == len(prompt), "nothing is left of a run that was broken off"
+
+
 def _single(request: Request) -> list[Request]:
     from dataclasses import replace
 
@@ -121,6 +178,50 @@ def test_the_cache_stays_within_its_budget(kind: str, models: dict[str, Any], mo
 def _tensors(cache: Any) -> Iterator[torch.Tensor]:
     for _, keys, values in cache.layers.values():
         yield from (keys, values)
+
+
+def packed_parts(made: Any) -> list[Any]:
+    return [part for part in made.executor.parts if getattr(part, "packed", None) is not None]
+
+
+@pytest.mark.parametrize("kind", ["llama", "latent", "experts"])
+def test_memory_is_told_with_the_copies_of_weights(kind: str, models: dict[str, Any]) -> None:
+    made = engine(models[kind], batch_size=3, executor="lean")
+    before = made.memory
+    assert before.weights == sum(weight.nbytes for weight in models[kind][0].parameters())
+    assert before.cache == 3 * sum(kept.numbers * kept.positions(LENGTH) for kept in made.executor.kept) * 4
+    expected = made.generate([Request(LONG, Sampling(max_new_tokens=6))])
+    copies = [torch.ops.mkldnn._nbytes(part.packed) for part in packed_parts(made)]
+    assert made.memory.copies == sum(copies) and len(copies) >= 4 * 2
+    assert before.copies <= sum(copies) < 4 * before.copies, "kernels round the sides of tiny weights up"
+    without = engine(models[kind], batch_size=3, executor="lean", packed=False)
+    (done,) = without.generate([Request(LONG, Sampling(max_new_tokens=6))])
+    same(done, expected[0])
+    assert (without.memory.copies, packed_parts(without)) == (0, [])
+    assert engine(models[kind], executor="module").memory.copies == 0
+    assert "packed" in str(before) and "packed" not in str(without.memory)
+
+
+def test_copies_of_weights_are_kept_only_where_free_memory_holds_them(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from megapatch.models.generation import memory
+
+    needed = engine(models["llama"]).memory
+    requests = [Request(prompt, Sampling(max_new_tokens=12)) for prompt in PROMPTS]
+    expected = engine(models["llama"]).generate(requests)
+    for share, processes, packs in ((1.2, 1, True), (1.0, 1, False), (1.2, 2, False), (2.4, 2, True)):
+        caplog.clear()
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        monkeypatch.setattr(memory, "free_bytes", lambda: int((needed.copies + needed.cache) * share))  # noqa: B023
+        made = engine(models["llama"])
+        for done, wanted in zip(made.generate(requests), expected, strict=True):
+            same(done, wanted)
+        assert bool(packed_parts(made)) == bool(made.memory.copies) == packs
+        assert ("packed copies of weights would take" in caplog.text) == (not packs)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 0)
+    made = engine(models["llama"], draft=models["experts"])
+    assert made.memory.copies == 0 and made.draft.copy_bytes == 0
 
 
 def test_a_budget_for_less_than_one_sequence_is_refused(models: dict[str, Any]) -> None:

@@ -196,7 +196,7 @@ BAD_LINES = {
     '{"prompt": "a", "answer": "b", "temperature": 1}': "q.jsonl:1: field 'temperature' is not known",
     '{"messages": [{"role": "wizard", "content": "a"}], "answer": "b"}': "q.jsonl:1: messages[0]: unknown role",
     "{": "q.jsonl:1: not JSON",
-    "": "q.jsonl:1: not JSON",
+    "": "q.jsonl:1: an empty line; expected one object a line",
 }
 
 

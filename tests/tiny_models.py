@@ -36,6 +36,10 @@ FAMILIES = (
     "qwen3",
     "qwen3_moe",
 )
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% if m.role == 'oracle' %}!{% endif %}{% endfor %}"
+    "{% if tools %}[{{ tools | length }}]{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 _random = random.Random(0)
 PROMPTS = [[_random.randrange(95) for _ in range(length)] for length in (5, 1, 17, 9, 30)]
 
@@ -54,6 +58,13 @@ def tiny_model(folder: Path, family: str, **changes: Any) -> PreTrainedModel:
             parameter.copy_(torch.randn_like(parameter) * 0.2 + ones)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def chat_model(folder: Path) -> Path:
+    """A Hugging Face folder of 64 positions and 260 tokens, of which the tokenizer has 257, with a chat template."""
+    tiny_model(folder, "qwen3", vocab_size=260)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return byte_tokenizer(folder)
 
 
 def letter_tokenizer(folder: Path) -> Path:

@@ -8,6 +8,7 @@ requests; the tokens are chosen by one of them and sent to the others, so that n
         print(completion.token_ids, completion.logprobs)
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megapatch.models.cli import UserError
 from megapatch.models.generation.agreement import Agreement, default_group
 from megapatch.models.generation.drafts import Drafts
 from megapatch.models.generation.executors import Executor, ExecutorKind, chunks_of, evaluating, executor_for
+from megapatch.models.generation.memory import Memory, weights_bytes
 from megapatch.models.generation.sequences import Completion, Growing, OnPiece, Told
 from megapatch.models.generation.slots import Reading, Slots, wanted_logits
 from megapatch.models.layers.kv_cache import KeyValueCache
@@ -28,6 +30,7 @@ from megapatch.models.load import unwrapped
 from megapatch.models.request import Request, Sampling
 from megapatch.models.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 _LOGITS = 1 << 26  # numbers of one pass, at most, where all tokens of prompts need logits
 
 
@@ -59,6 +62,7 @@ class Engine:
         prefill_tokens: int = 4096,
         executor: ExecutorKind = "auto",
         packed: bool = True,
+        keep: bool = False,
         tokenizer: Tokenizer | None = None,
         group: dist.ProcessGroup | None = None,
         draft: torch.nn.Module | Sequence[torch.nn.Module] | None = None,
@@ -71,7 +75,8 @@ class Engine:
         ``cache_bytes`` (of this process); ``prefill_tokens``: of prompts, read in one pass.
 
         ``executor``: lean where the layout lets it, module for megatron-core's own forward pass; ``packed``: the lean
-        one may keep a copy of the weights that CPU kernels read faster.
+        one may keep a copy of the weights that CPU kernels read faster, where free memory holds it (see ``memory``).
+        ``keep``: keys and values stay from run to run, for prompts that go on from earlier ones: while weights stay.
         ``group``: the processes that make the same calls; by default those that share a model and its experts.
         ``draft``: a smaller model at the same layout that proposes up to ``draft_tokens`` tokens at a time; what is
         answered stays the same, and comes sooner where it often guesses right.
@@ -87,17 +92,40 @@ class Engine:
             )
         self.vocab_size, self.max_length, self.prefill_tokens = vocab_size, max_length, prefill_tokens
         self.tokenizer, self.on_step, self.on_piece = tokenizer, on_step, on_piece
+        self.keep = keep
+        self._kept: tuple[KeyValueCache, Drafts | None, list[Growing | None]] | None = None
         self.device = next(self.chunks[0].parameters()).device
         group = group or default_group(config)
         self.agreement = Agreement(group, self.chunks[-1].post_process, self.device)
         self.multiple: int = config.tensor_model_parallel_size if config.sequence_parallel else 1
         checked = batch_size * (1 + draft_tokens if drafting else 1)  # tokens of most passes
-        self.executor = executor_for(self.chunks, executor, checked if packed else 0)
-        self.draft = executor_for(drafting, executor, batch_size if packed else 0) if drafting else None
+        self._executors(executor, drafting, (checked, batch_size) if packed else (0, 0))
         if drafting:
             self._check_draft(drafting)
         self.batch_size = self.agreement.least(self._fitting(batch_size, cache_bytes))
+        if not self.agreement.least(int(not (crowded := self.memory.crowded))):
+            log.warning("%s", crowded or "packed copies of weights do not fit on all processes: going on without")
+            self._executors(executor, drafting, (0, 0))
         self.statistics = Statistics()
+
+    def _executors(self, kind: ExecutorKind, drafting: list[Any], pack_for: tuple[int, int]) -> None:
+        """Of the model and of the draft; ``pack_for``: tokens that most of their passes have, 0 for no copies."""
+        self.executor = executor_for(self.chunks, kind, pack_for[0])
+        self.draft = executor_for(drafting, kind, pack_for[1]) if drafting else None
+
+    @property
+    def memory(self) -> Memory:
+        """What this process holds, or will when all sequences have the longest length."""
+        executors = [self.executor, *([self.draft] if self.draft else [])]
+        chunks = [unwrapped(chunk) for chunk in self.given]
+        copies = sum(one.copy_bytes for one in executors)
+        return Memory(weights_bytes(chunks), copies, self.batch_size * self._sequence_bytes())
+
+    def _sequence_bytes(self) -> int:
+        """Of the keys and values of one sequence of the longest length."""
+        kept = [*self.executor.kept, *(self.draft.kept if self.draft else [])]
+        numbers = sum(one.numbers * one.positions(self.max_length) for one in kept)
+        return numbers * self.chunks[0].config.params_dtype.itemsize
 
     def _check_draft(self, drafting: list[Any]) -> None:
         """Refuse what proposals cannot be undone in, or be made with (UserError)."""
@@ -117,9 +145,7 @@ class Engine:
         """How many sequences of the longest length fit into a budget (UserError: not one)."""
         if cache_bytes is None:
             return batch_size
-        kept = [*self.executor.kept, *(self.draft.kept if self.draft else [])]
-        numbers = sum(one.numbers * one.positions(self.max_length) for one in kept)
-        each = numbers * self.chunks[0].config.params_dtype.itemsize
+        each = self._sequence_bytes()
         if each > cache_bytes:
             raise UserError(
                 f"cache budget of {cache_bytes:,} bytes: keys and values of one sequence of {self.max_length:,} tokens "
@@ -154,8 +180,9 @@ class Engine:
         return KeyValueCache(self.batch_size, self.max_length, self.device, self.multiple, self.budgeted)
 
     def _run(self, waiting: Iterator[Growing]) -> Iterator[Completion]:
-        cache, drafts = self._cache(), self._drafts()
-        slots = Slots(cache, waiting, drafts.cache if drafts else None)
+        cache, drafts, content = self._kept or (self._cache(), self._drafts(), [])
+        self._kept = None  # a run that is broken off leaves nothing
+        slots = Slots(cache, waiting, drafts.cache if drafts else None, content)
         shared_before = self.statistics.shared_tokens
         while True:
             started = time.perf_counter()
@@ -166,6 +193,7 @@ class Engine:
             elif active := slots.sequences():
                 self._decode(cache, active, drafts, started)
             else:
+                self._kept = (cache, drafts, slots.content) if self.keep else None
                 return
             self.statistics.passes += 1
             self.statistics.shared_tokens = shared_before + slots.shared_tokens

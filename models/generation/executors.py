@@ -23,6 +23,10 @@ class Executor(Protocol):
     name: str
     kept: list[Kept]  # what each layer of this process remembers of a token
 
+    @property
+    def copy_bytes(self) -> int:
+        """Of weights that are kept a second time, in the order that kernels read."""
+
     def refresh(self) -> None:
         """Take note of weights that may have changed; called before a run."""
 
@@ -34,6 +38,7 @@ class ModuleExecutor:
     """The model's own forward pass, at any layout: chunks of pipeline stages one after the other."""
 
     name = "module"
+    copy_bytes = 0
 
     def __init__(self, chunks: Sequence[Any]) -> None:
         self.chunks = chunks

@@ -108,6 +108,11 @@ class LeanExecutor:
         tied = model.share_embeddings_and_output_weights
         return Linear(model.shared_embedding_or_output_weight() if tied else module.weight, module.bias, None, pack_for)
 
+    @property
+    def copy_bytes(self) -> int:
+        """As Executor.copy_bytes."""
+        return sum(part.copy_bytes for part in self.parts)
+
     def refresh(self) -> None:
         """Pack weights that have changed."""
         for part in self.parts:

@@ -41,6 +41,13 @@ class Linear:
         self.pack_for, self.rows = (1, range(1, 2)) if alone else (_MANY, range(fewest, sys.maxsize))
         self._bits = torch.empty(0, dtype=torch.int64)
 
+    @property
+    def copy_bytes(self) -> int:
+        """Of the packed copy; before there is one, of the weight, which it exceeds by little."""
+        if self.packed is None:
+            return self.weight.nbytes if self.packs else 0
+        return int(torch.ops.mkldnn._nbytes(self.packed))
+
     def refresh(self) -> None:
         """Pack the weight again if its bits have changed."""
         if not self.packs:
@@ -71,6 +78,8 @@ class Linear:
 
 class ModuleLinear:
     """The module itself, which does more than a product: adapters, unit rows, another package's layer."""
+
+    copy_bytes = 0
 
     def __init__(self, module: Any) -> None:
         self.module = module

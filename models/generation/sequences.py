@@ -44,7 +44,7 @@ class Completion:
     sampling_logprobs: list[float]  # of each token, under the distribution it was drawn from
     stop: int | str | None = None  # the token or string that ended it
     top_logprobs: list[dict[int, float]] = field(default_factory=list)  # at the place of each token, best first
-    prompt_logprobs: list[float] = field(default_factory=list)  # of the prompt's tokens from the second on
+    prompt_logprobs: list[float] = field(default_factory=list)  # of the prompt's tokens from ``scored_from`` on
     prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
 
 
@@ -89,6 +89,12 @@ class Growing:
     def reading(self) -> bool:
         """Whether there is more of the prompt to read."""
         return self.cached < len(self.prompt)
+
+    @property
+    def unscored(self) -> int:
+        """How many of the prompt's first tokens need no logits."""
+        request = self.request
+        return request.scored_from - 1 if request.sampling.prompt_logprobs else len(self.prompt) - 1
 
     @property
     def last(self) -> int:

@@ -1,6 +1,6 @@
 """Which sequence is in which slot of the cache, and what of its prompt another slot holds already."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from megapatch.models.generation.sequences import Growing, common
@@ -22,24 +22,25 @@ class Reading(NamedTuple):
         return self.start + self.length == len(self.sequence.prompt)
 
     @property
-    def scored(self) -> bool:
-        """Whether all of its tokens need logits."""
-        return self.sequence.request.sampling.prompt_logprobs
-
-    @property
     def wanted(self) -> range:
         """Which of its tokens need logits."""
-        return range(0 if self.scored else self.length - int(self.ends), self.length)
+        return range(max(0, min(self.sequence.unscored - self.start, self.length)), self.length)
 
 
 class Slots:
     """Fills slots from what waits; those in use are the first ones."""
 
-    def __init__(self, cache: KeyValueCache, waiting: Iterator[Growing], draft: KeyValueCache | None = None) -> None:
-        """``draft``: the cache of a draft model, in which a sequence has the same slot."""
+    def __init__(
+        self,
+        cache: KeyValueCache,
+        waiting: Iterator[Growing],
+        draft: KeyValueCache | None = None,
+        content: Sequence[Growing | None] = (),
+    ) -> None:
+        """``draft``: the cache of a draft model, in which a sequence has the same slot; ``content``: who is in both."""
         self.cache, self.waiting, self.draft = cache, waiting, draft
         self.active: list[Growing | None] = []
-        self.content: list[Growing | None] = [None] * cache.slots  # whose keys are there, ended or not
+        self.content = list(content) or [None] * cache.slots  # whose keys are there, ended or not
         self.shared_tokens = 0  # that were copied instead of read
 
     def sequences(self) -> list[Growing]:
@@ -60,9 +61,8 @@ class Slots:
 
     def _place(self, fresh: Growing, slot: int) -> None:
         fresh.slot = slot
-        if not fresh.request.sampling.prompt_logprobs:
-            found = [(self._common(fresh, other), other.slot == slot, -other.slot, other) for other in self._others()]
-            fresh.shared, _, _, fresh.source = max(found, key=lambda one: one[:3], default=(0, False, 0, None))
+        found = [(self._common(fresh, other), other.slot == slot, -other.slot, other) for other in self._others()]
+        fresh.shared, _, _, fresh.source = max(found, key=lambda one: one[:3], default=(0, False, 0, None))
         if fresh.shared:
             self._share(fresh)
         else:
@@ -75,7 +75,7 @@ class Slots:
     def _common(self, fresh: Growing, other: Growing) -> int:
         """Tokens of a new prompt that another sequence's slot holds, or will when its prompt is read."""
         there = other.prompt if other.reading else [*other.prompt, *other.token_ids][: other.cached]
-        return min(common(fresh.prompt, there, _WORTH), len(fresh.prompt) - 1)  # the last token's logits are needed
+        return min(common(fresh.prompt, there, _WORTH), fresh.unscored)
 
     def share(self) -> None:
         """Copy what has been read to those who waited for it (before anything ends)."""
@@ -120,8 +120,8 @@ class Slots:
         for sequence in self.sequences():
             if not sequence.reading or sequence.source:
                 continue
-            scored = sequence.request.sampling.prompt_logprobs
-            length = min(len(sequence.prompt) - sequence.cached, most_tokens, most_rows if scored else most_tokens)
+            without = max(0, sequence.unscored - sequence.cached)  # tokens that need no logits
+            length = min(len(sequence.prompt) - sequence.cached, most_tokens, without + most_rows)
             if length <= 0:
                 break
             parts.append(Reading(sequence, sequence.cached, length))

@@ -192,7 +192,6 @@ def _run(options: Options, source: Any, work: list[Any], journal: Any, device: A
         return
     longest = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
     what = "texts" if any(task.prompt.request.sampling.n > 1 for task in work) else "prompts"
-    progress = Progress([most_tokens(request) for request in requests], what, quiet=journal is None)
     made = engine(
         options,
         source,
@@ -200,10 +199,10 @@ def _run(options: Options, source: Any, work: list[Any], journal: Any, device: A
         min(longest, options.context_length or source.max_length),
         batch_size=min(options.batch_size, len(requests)),
         **loaded_draft(options.draft, options.draft_tokens, options, source, device),
-        on_step=progress.on_step,
         on_piece=clock.on_piece if options.timings else None,
     )
-    with progress:
+    with Progress([most_tokens(request) for request in requests], what, quiet=journal is None) as progress:
+        made.on_step = progress.on_step  # the bar comes last, so that nothing is told in its line
         for completion in made.run(clock.watched(requests)):
             progress.done(completion)
             results.take(completion)

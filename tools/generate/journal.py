@@ -43,7 +43,8 @@ class Journal:
             self._go_on(settings)
         else:
             self._file.truncate(0)
-        self._about.write_text(json.dumps(settings, indent=1) + "\n")
+        if not (resume and self._about.exists()):  # never torn by a kill once there are rows
+            self._about.write_text(json.dumps(settings, indent=1) + "\n")
 
     def _go_on(self, settings: Mapping[str, Any]) -> None:
         """Take over what is there: of the interrupted run, or of a finished one that gets further prompts."""

@@ -37,7 +37,7 @@ def request(pair: Pair) -> Request:
     *read, last = [*pair.context, *pair.target]
     assert read and pair.target, "a pair has a context and a target"
     sampling = Sampling(max_new_tokens=1, prompt_logprobs=True, top_logprobs=1, logit_bias={last: _FORCE})
-    return Request(read, sampling)
+    return Request(read, sampling, scored_from=len(pair.context))
 
 
 def score(

@@ -33,6 +33,8 @@ class BadLine(UserError):
 
 def parsed(text: str, where: str) -> dict[str, Any]:
     """The JSON object of a line."""
+    if not text.strip():
+        raise BadLine(f"{where}: an empty line; expected one object a line")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -125,15 +125,18 @@ def engine(options: Loading, source: Source, chunks: list[Any], max_length: int,
 
     from megapatch.models.generation.engine import Engine
 
-    return Engine(
+    made = Engine(
         chunks,
         vocab_size=source.vocab_size,
         max_length=max_length,
         cache_bytes=options.cache_bytes,
+        packed=options.pack_weights == "auto",
         tokenizer=source.tokenizer,
         group=dist.group.WORLD,
         **{"batch_size": options.batch_size} | settings,
     )
+    log.info("memory: %s", made.memory)
+    return made
 
 
 def shared(value: Any) -> Any:

@@ -25,6 +25,11 @@ class Loading(Parallel):
         None,
         metavar="MIB",
     )
+    pack_weights: Literal["auto", "never"] = opt(
+        "auto: on a CPU keep a second copy of the linear layers' weights, which is read faster, where free memory "
+        "holds it beside keys and values; never: slower, in less memory",
+        "auto",
+    )
     precision: Literal["fp32", "bf16"] = opt("of weights and arithmetic", "fp32")
     device: Literal["auto", "cpu", "gpu"] = opt("what to compute on", "auto")
     trust_remote_code: bool = opt("run the tokenizer's own Python code, for folders without tokenizer.json", False)

@@ -88,7 +88,8 @@ def talk(options: "Options", source: Source, reader: Reader) -> None:
         chunks = loading.load(options, source, device)
         show = _show if first else None
         draft = loading.loaded_draft(options.draft, options.draft_tokens, options, source, device)
-        made = loading.engine(options, source, chunks, reader.max_length, batch_size=1, on_piece=show, **draft)
+        settings = draft | {"batch_size": 1, "keep": True, "on_piece": show}
+        made = loading.engine(options, source, chunks, reader.max_length, **settings)
         if first:
             _tell("/help lists the commands")
         while (prompt := loading.shared(conversation.ask() if first else None)) is not None:
