@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from megapatch.models import cli
 
@@ -47,6 +48,14 @@ def start(command: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run a command as its users do, in a process of its own."""
     module = SCRIPTS[command].split(":")[0]
     return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd="/")
+
+
+def test_torchrun_takes_no_option_of_ours_for_an_abbreviation_of_its_own(command, frame):
+    """Those that it would are given after ``--``, as the examples do."""
+    theirs = [flag for action in torchrun_parser()._actions for flag in action.option_strings]
+    ours = {flag for action in frame.parser._actions for flag in action.option_strings}
+    taken = {flag for flag in ours if len([flag for other in theirs if other.startswith(flag)]) > 1}
+    assert taken <= {"--n"} and (not taken or "--no-python -- mp-generate" in frame.epilog)
 
 
 def test_help_answers_at_once(command):

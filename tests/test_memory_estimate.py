@@ -54,7 +54,15 @@ def peak_bytes(profiler: Any, path: Path) -> int:
 @pytest.mark.parametrize("size", SIZES)
 def test_the_estimate_is_what_training_allocates(folder: Path, tmp_path: Path, size: str, precision: str) -> None:
     """Within a tenth: what an operator holds while it runs is not in the estimate."""
-    words = [*RUN.split(), "--precision", precision, "--save", str(tmp_path / "run"), "--log", str(tmp_path / "log")]
+    words = [
+        *RUN.split(),
+        "--precision",
+        precision,
+        "--save",
+        str(tmp_path / "run"),
+        "--log-file",
+        str(tmp_path / "log"),
+    ]
     for flag, name in (("--init-from", f"{size}.json"), ("--tokenizer", "tokenizer"), ("--data-path", "data")):
         words += [flag, str(folder / name)]
     options = cli.parser(PretrainOptions, prog="mp-pretrain").parse_args(words)

@@ -112,7 +112,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path]:
     folder = tmp_path_factory.mktemp("metrics")
     corpus(folder)
     model(folder, "mixture", "qwen3_moe")
-    options = f"--split 80,20 --eval-interval 2 --tensorboard {folder / 'board'} --log {folder / 'log.jsonl'}"
+    options = f"--split 80,20 --eval-interval 2 --tensorboard {folder / 'board'} --log-file {folder / 'log.jsonl'}"
     assert not (folder / "run").exists()
     with pytest.raises(FileNotFoundError):  # the log is not where it is by default
         train(folder, "run", options, "mixture")

@@ -13,6 +13,7 @@ import pytest
 import trainer_runs
 from torch.distributed.run import parse_args as torchrun_args
 
+from megapatch.models.cli import UserError
 from megapatch.tools.offload_bench import pareto, sweep, tell
 from megapatch.tools.offload_bench.offload_bench import main
 from megapatch.tools.offload_bench.sweep import Point, Sweep, points
@@ -43,7 +44,7 @@ class Trainer:
             raise KeyboardInterrupt
         if isinstance(found, str):
             return 1, found
-        (Path(value["--save"]) / "iter_0000004").mkdir(parents=True)
+        Path(value["--save"]).mkdir(parents=True)
         lines = [{"event": "start"}, *found, {"event": "end"}]
         (Path(value["--save"]) / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return 0, ""
@@ -69,13 +70,14 @@ def test_a_command_is_the_trainer_with_the_points_options_last(tmp_path: Path) -
         "1",
         "--save",
         f"{tmp_path}/s",
+        "--no-save",
         "--train-iters",
         "4",
-        "--log",
+        "--log-file",
         f"{tmp_path}/s/log.jsonl",
     ]
-    assert one[-8:] == two[-8:] == end
-    started = torchrun_args(two[3:])  # which took --log for an abbreviation of options of its own
+    assert one[-9:] == two[-9:] == end
+    started = torchrun_args(two[3:])
     assert (started.nproc_per_node, started.module, started.training_script) == ("2", True, one[2])
     assert started.training_script_args == one[3:]
 
@@ -104,7 +106,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_failures_lose_nothing(
     assert rows[2]["error"] == "exit status 1: RuntimeError: boom" and rows[2]["same_loss"] is None
     kept = [json.loads(line)["point"] for line in made.results.read_text().splitlines()]
     assert sorted(kept) == ["optimizer 0", "optimizer 0.5", "optimizer 1"]
-    assert not list(tmp_path.glob("*/iter_*")) and len(list(tmp_path.glob("*/log.jsonl"))) == 2
+    assert len(list(tmp_path.glob("*/log.jsonl"))) == 2
 
 
 PARENT = """
@@ -159,6 +161,16 @@ def test_a_point_without_figures_has_an_error(
     monkeypatch.setattr(Sweep, "command", lambda *_: [sys.executable, "-c", program])
     (row,) = Sweep(tmp_path, GIVEN, 4, 1, timeout_s).rows(points([], [], []))
     assert row["error"] == told and row["same_loss"] is None
+
+
+def test_wrong_options_of_the_trainer_end_the_sweep_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "import sys; print('mp-pretrain: error: unrecognized arguments: --tain', file=sys.stderr); sys.exit(2)"
+    monkeypatch.setattr(Sweep, "command", lambda *_: [sys.executable, "-c", said])
+    with pytest.raises(UserError, match="the options after --: mp-pretrain: error: unrecognized arguments: --tain"):
+        list(Sweep(tmp_path / "s", ("--tain", "1"), 4, 1, 60.0).rows(points(["1"], [], [])))
+    assert not (tmp_path / "s" / "sweep.json").exists()  # so that the folder takes the mended options
 
 
 def test_a_sweep_of_other_options_is_refused(

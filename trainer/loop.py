@@ -81,7 +81,8 @@ class Trainer:
         while session.step < options.train_iters:
             self._one_step()
             if signal := self._look_around():
-                warn(log, "signal %d: saving at step %d and leaving", signal, session.step)
+                what = "leaving at step %d, nothing is saved" if options.no_save else "saving at step %d and leaving"
+                warn(log, f"signal %d: {what}", signal, session.step)
                 return f"signal {signal}"
             if options.eval_interval and session.step % options.eval_interval == 0:
                 self.evaluate()
@@ -193,6 +194,8 @@ class Trainer:
 
     def save(self, *, beside: bool = False) -> None:
         """Save, unless this step is saved already; ``beside`` the training, or wait until all is durable."""
+        if self.session.options.no_save:
+            return
         note("saving")
         step = self.session.step
         if self.saving and (self.saving.step != step or not beside):

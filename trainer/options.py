@@ -162,7 +162,7 @@ class TrainOptions(
     @property
     def log_path(self) -> Path:
         """Where the JSON-lines log goes."""
-        return self.log or self.save / "log.jsonl"
+        return self.log_file or self.save / "log.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from megapatch.models.shapes import num_parameters
 from megapatch.trainer.layout import experts
 from megapatch.trainer.offload import activations, offloading
 from megapatch.trainer.offload.held_memory import HeldPeak
+from megapatch.trainer.offload.options import AUTO
 from megapatch.trainer.offload.parts import without_masters
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import first, together, warn
@@ -108,7 +109,9 @@ def start(options: TrainOptions, device: Device, hf: HfConfig, *, load: bool) ->
 
 
 def refuse(options: TrainOptions, device: Device, hf: HfConfig) -> None:
-    """UserError where the model cannot be built so on this device; needs no process group."""
+    """UserError where the model cannot be built or kept so on this device; needs no process group."""
+    if options.offload_optimizer == AUTO and not options.device_memory_gib and device.memory_bytes() is None:
+        raise UserError("--offload-optimizer auto: on a CPU it needs --device-memory-gib, the memory to emulate")
     transformer_config(hf, _model_options(options, device, hf))
 
 

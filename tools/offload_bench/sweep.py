@@ -14,10 +14,11 @@ from typing import Any
 import xxhash
 
 from megapatch.models import commit
-from megapatch.models.cli import UserError
+from megapatch.models.cli import USAGE, UserError
 
 log = logging.getLogger(__name__)
 PACKAGE = __package__.rpartition(".tools.")[0]
+BASE = ("--offload-optimizer", "0")  # of the first point, and of those on other axes
 WARM_UP = 2  # steps whose time does not count
 GRACE_S = 60.0  # for a run to end; torchrun kills its processes after 30
 TAIL = 300  # characters of a failed run's last words
@@ -44,14 +45,13 @@ def points(
 
     ``fit``: further options of the automatic fraction.
     """
-    base = ("--offload-optimizer", "0")
-    found = [Point("optimizer", "0", base)]
+    found = [Point("optimizer", "0", BASE)]
     for fraction in dict.fromkeys(fractions):
         if fraction == "auto" or float(fraction):
             more = fit if fraction == "auto" else ()
             found.append(Point("optimizer", fraction, ("--offload-optimizer", fraction, *more)))
-    found += [Point("recompute", kind, (*base, "--recompute", kind)) for kind in recompute]
-    return found + [Point("activations", n, (*base, "--offload-activations", n)) for n in activations]
+    found += [Point("recompute", kind, (*BASE, "--recompute", kind)) for kind in recompute]
+    return found + [Point("activations", n, (*BASE, "--offload-activations", n)) for n in activations]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,15 @@ class Sweep:
         """One line for each point that was run."""
         return self.output / "points.jsonl"
 
+    @property
+    def about(self) -> Path:
+        """What the results are of."""
+        return self.output / "sweep.json"
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        return {"given": list(self.given), "steps": self.steps, "ranks": self.ranks}
+
     def rows(self, wanted: Sequence[Point]) -> Iterator[dict[str, Any]]:
         """Each point's row: from an earlier call, or run now; one that fails has an 'error' and is run again."""
         done = {row["point"]: row for row in self._done()}
@@ -85,20 +94,15 @@ class Sweep:
             yield found | {"same_loss": found.get("loss_hash") == base if "loss_hash" in found else None}
 
     def _done(self) -> list[dict[str, Any]]:
-        about = {"given": list(self.given), "steps": self.steps, "ranks": self.ranks}
-        before = self.output / "sweep.json"
-        if before.exists() and json.loads(before.read_text()) != about:
+        if self.about.exists() and json.loads(self.about.read_text()) != self._asked:
             raise UserError(f"--output {self.output}: has results of other options or steps; name another folder")
-        self.output.mkdir(parents=True, exist_ok=True)
-        if not before.exists():
-            with commit.staged_file(before) as path:
-                path.write_text(json.dumps(about))
-        if not self.results.exists():
-            return []
-        return [json.loads(line) for line in self.results.read_text().splitlines()]
+        return [json.loads(line) for line in self.results.read_text().splitlines()] if self.results.exists() else []
 
     def _keep(self, row: dict[str, Any]) -> None:
         others = [old for old in self._done() if old["point"] != row["point"]]
+        if not self.about.exists():
+            with commit.staged_file(self.about) as path:
+                path.write_text(json.dumps(self._asked))
         with commit.staged_file(self.results) as path:
             path.write_text("".join(json.dumps(each) + "\n" for each in [*others, row]))
 
@@ -106,9 +110,9 @@ class Sweep:
         """The words that start a point's run."""
         start = [sys.executable, "-m"]
         if self.ranks > 1:
-            start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks), "-m"]
-            start += ["--"]  # or torchrun takes --log of what follows for an abbreviation of its own options
-        own = ["--save", str(save), "--train-iters", str(self.steps), "--log", str(save / "log.jsonl")]
+            start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks), "-m", "--"]
+        own = ["--save", str(save), "--no-save", "--train-iters", str(self.steps)]
+        own += ["--log-file", str(save / "log.jsonl")]
         cache = ["--data-cache-path", str(self.output / "data-cache")]
         return [*start, f"{PACKAGE}.trainer.pretrain", *cache, *self.given, *point.flags, *own]
 
@@ -119,6 +123,8 @@ class Sweep:
         row["flags"] = list(point.flags)
         try:
             status, said = run_to_end(self.command(point, save), self.timeout_s)
+            if status == USAGE and point.flags == BASE:
+                raise UserError(f"the options after --: {last_words(said)}")  # of which each point would tell
             if status:
                 return row | {"error": f"exit status {status}: {last_words(said)}"}
             told = save / "log.jsonl"
@@ -129,9 +135,6 @@ class Sweep:
             )
         except subprocess.TimeoutExpired:
             return row | {"error": f"took more than {self.timeout_s:g} s (--timeout-s)"}
-        finally:
-            for folder in save.glob("iter_*"):  # a checkpoint that nobody asked for
-                shutil.rmtree(folder)
 
 
 def run_to_end(words: Sequence[str], timeout_s: float) -> tuple[int, str]:

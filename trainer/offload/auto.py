@@ -16,7 +16,6 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from megapatch.models.cli import UserError
 from megapatch.models.cuts import padded_vocabulary
 from megapatch.models.family import vocab_size
 from megapatch.models.space import DoesNotFit, short
@@ -239,10 +238,8 @@ def come_back(adams: list[ChunkedAdam], most_bytes: int) -> int:
 
 
 def budget_bytes(session: Session) -> int:
-    """Bytes of the device's memory that a run may fill; UserError where nothing says how much there is."""
+    """Bytes of the device's memory that a run may fill."""
     given, has = session.options.device_memory_gib, session.device.memory_bytes()
-    if not given and has is None:
-        raise UserError("--offload-optimizer auto: on a CPU it needs --device-memory-gib, the memory to emulate")
     return round(MARGIN * min(size for size in (has, given and given * GIB) if size))
 
 

@@ -15,6 +15,7 @@ class ReliabilityOptions(Parallel):
         "write checkpoints beside the training, from a copy in the host's memory (weights and optimizer once more)",
         False,
     )
+    no_save: bool = opt("write no checkpoints, for a run that is only measured, whatever --save-interval says", False)
     keep: int = opt("newest checkpoints to keep; 0 keeps all", 0)
     max_nan: int = opt("steps in a row with a loss or gradient that is not finite to skip before giving up", 3)
     timeout_s: float = opt("seconds to wait for another rank before giving up", 1800.0)

@@ -12,7 +12,7 @@ from megapatch.models.parallel import Parallel
 class Watching(Parallel):
     """What a training run tells of itself."""
 
-    log: Optional[Path] = opt("JSON-lines log, if not SAVE/log.jsonl", None)
+    log_file: Optional[Path] = opt("JSON-lines log, if not SAVE/log.jsonl", None)
     log_interval: int = opt("steps between lines on stderr; the log has every step", 1)
     tensorboard: Optional[Path] = opt("folder for TensorBoard (needs the extra 'tb')", None)
     wandb: Optional[str] = opt("Weights & Biases project (needs the extra 'wandb')", None)
