@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   mp-generate --model run --chat --temperature 0.7 --top-p 0.9
   cut -f2 questions.tsv | mp-generate --model run --input - --format text --as-chat --n 4 --temperature 1 | jq -r .text
   mp-generate --model run --input batch.jsonl --output answers.jsonl --resume --on-bad-line skip
-  torchrun --nproc-per-node 2 --no-python -- mp-generate --tp 2 --model run --n 2 --input a.jsonl --output b.jsonl
+  torchrun --nproc-per-node 2 --no-python -- mp-generate --tp 2 --model run --n 2 --temperature 1 --input a.jsonl
 input, JSON lines: {"prompt": "..."}, {"prompt_token_ids": [1, 2]} or {"messages": [{"role": "user", "content": "..."}]}
   with optional id, tools, logprobs, stop, stop_token_ids, logit_bias, max_new_tokens, min_new_tokens, temperature,
   top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed, n, top_logprobs, prompt_logprobs;
