@@ -418,12 +418,36 @@ def test_too_little_host_memory_ends_the_run_with_3_and_one_line(
     assert said.startswith("mp-pretrain: error: --offload-optimizer 0.65: this process needs 537.3KiB of host memory")
 
 
-@pytest.mark.parametrize(
-    ("offload", "share"), [("", 1), ("--offload-optimizer 0.25", 0.75), ("--offload-optimizer 1", 0)]
-)
-def test_a_plan_counts_what_stays_on_the_device(
-    folder: Path, capfd: pytest.CaptureFixture[str], offload: str, share: float
+PLANNED = {  # the share that is surely on the device, and what is told of host memory
+    "": (1, None),
+    "--offload-optimizer 0.25": (0.75, "0.00 GiB at most"),
+    "--offload-optimizer 1": (0, "0.00 GiB at most"),
+    "--offload-optimizer auto --device-memory-gib 1": (0, "at most with all of the optimizer's state; auto takes less"),
+}
+
+
+@pytest.mark.parametrize("offload", PLANNED)
+def test_a_plan_counts_what_stays_on_the_device_and_what_leaves(
+    folder: Path, capfd: pytest.CaptureFixture[str], offload: str
 ) -> None:
+    share, told = PLANNED[offload]
     assert main(arguments(folder, "dense", "runs/planned", f"{KINDS['bf16']} {offload} --dry-run")) == 0
-    (stage,) = json.loads(capfd.readouterr().out)["memory"]
+    said = capfd.readouterr()
+    (stage,) = json.loads(said.out)["memory"]
     assert stage["optimizer_bytes"] == 65920 * 12 * share
+    assert stage["host_bytes"] == 65920 * 12 * (1 - share)
+    lines = [line for line in said.err.splitlines() if line.startswith("host memory of a rank")]
+    assert len(lines) == bool(told) and all(told in line for line in lines)
+
+
+def test_a_plan_counts_activations_that_leave(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for words in ("", "--offload-activations 1"):
+        assert main(arguments(folder, "dense", "runs/planned", f"{KINDS['bf16']} {words} --dry-run")) == 0
+        found.append(json.loads(capfd.readouterr().out)["memory"][0])
+    plain, moved = found
+    assert plain["host_bytes"] == 0 < moved["host_bytes"]
+    kept = [stage["total_bytes"] for stage in found]
+    assert kept[0] >= kept[1] and moved["total_bytes"] == sum(
+        moved[f"{name}_bytes"] for name in ("weights", "gradients", "optimizer", "activations")
+    )

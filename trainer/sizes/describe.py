@@ -13,6 +13,7 @@ from megapatch.models.held import plain
 from megapatch.models.parallel import world_size
 from megapatch.models.shapes import Layout, num_parameters
 from megapatch.models.space import DoesNotFit
+from megapatch.trainer.offload.options import AUTO
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.sizes.flops import flops_per_token, mixtures, sizes_of
 from megapatch.trainer.sizes.memory import MARGIN, Activations, Estimate, estimate
@@ -189,6 +190,9 @@ def as_table(found: dict[str, Any]) -> str:
         owner = found["ranks"][first]
         layers = owner["layers"] if len(owner["layers"]) <= 16 else owner["layers"][:14] + ".."
         lines.append(f"{stage:>5} {f'{first}-{last}':>13} {layers:>16} {owner['parameters']:>15,}{'':>14}{numbers}")
+    if most := max(each["host_bytes"] for each in found["memory"]):
+        share = " with all of the optimizer's state; auto takes less" * (found["options"]["offload_optimizer"] == AUTO)
+        lines += ["", f"host memory of a rank for what is offloaded: {most / GIB:.2f} GiB at most{share}"]
     stage_ranks = found["ranks"][: world // layout["pp"]]
     owned = [(name, {rank[axis]: rank[name] for rank in stage_ranks}, axis) for name, axis in OWNED if name in owner]
     lines += ["", *(f"{name} by {axis} rank: {_listed(parts)}" for name, parts, axis in owned)]

@@ -36,21 +36,23 @@ MODULE_PARTS = {  # of --offload-activation-modules: parts of a layer
 }
 GRADIENT, MOMENTS, MASTER = 4, 8, {"fp32": 0, "bf16": 4}
 FLOAT = 4
+POOL = 9 / 8  # host memory for activations: the size of each is rounded up by so much at most
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one rank."""
+    """Bytes on one rank: of its device, and of host memory for what is offloaded."""
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """All together."""
-        return sum(asdict(self).values())
+        """All of the device's together."""
+        return sum(asdict(self).values()) - self.host_bytes
 
 
 def estimate(
@@ -73,6 +75,7 @@ def estimate(
             trained[stage].total * GRADIENT,
             optimizer_bytes(options, trained[stage], world),
             activations.of_stage(stage, count, padded),
+            host_bytes(activations, trained[stage], world, stage, count),
         )
         for stage, held in enumerate(shares)
     ]
@@ -80,12 +83,24 @@ def estimate(
 
 def optimizer_bytes(options: TrainOptions, part: Share, world: int) -> int:
     """Moments and master weights of a rank on its device."""
+    here = (1 - options.least_offloaded) * (MOMENTS + MASTER[options.precision])
+    return round(updated(options, part, world) * here) + options.streamed_bytes(part.total)
+
+
+def updated(options: TrainOptions, part: Share, world: int) -> float:
+    """Parameters of a rank whose state is its own."""
     dense, experts = 1, 1  # ranks that share
     if options.use_distributed_optimizer:
         stage = world // options.pp
         dense, experts = stage // options.tp, stage // (options.expert_tp * options.ep)
-    here = (1 - options.least_offloaded) * (MOMENTS + MASTER[options.precision])
-    return round((part.dense / dense + part.experts / experts) * here) + options.streamed_bytes(part.total)
+    return part.dense / dense + part.experts / experts
+
+
+def host_bytes(activations: "Activations", part: Share, world: int, stage: int, count: int) -> int:
+    """Of a rank for its share of the optimizer's state, masters counted, and for activations; not what is staged."""
+    options = activations.options
+    state = updated(options, part, world) * options.least_offloaded * (MOMENTS + FLOAT)
+    return round(state + POOL * activations.away(stage) * in_flight(options, stage, count))
 
 
 @dataclass(frozen=True)
@@ -170,6 +185,11 @@ class Activations:
         kept = self.parts(layer)
         whole, moved = sum(kept.values()), sum(size for name, size in kept.items() if not parts or name in parts)
         return self.of_layer(layer, position) * moved / whole
+
+    def away(self, stage: int) -> float:
+        """Bytes of one micro-batch that the layers of a stage's chunk have moved, on average over its chunks."""
+        chunks = stage_layers(self.options, self.sizes.num_layers, stage)
+        return sum(self.moved(layer, at, chunk) for chunk in chunks for at, layer in enumerate(chunk)) / len(chunks)
 
     def of_stage(self, stage: int, count: int, vocabulary: int) -> int:
         """Bytes kept on a rank of a pipeline stage at most; ``vocabulary`` is padded."""
