@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_tensor_model_parallel_region
 from megatron.core.transformer import TransformerLayer
 from torch import Tensor
 
@@ -103,7 +103,7 @@ class LeanExecutor:
     def _head(self, pack_for: int) -> Linear | None:
         """The output layer; None where the module does more than a product."""
         model, module = self.model, self.model.output_layer
-        if type(module) is not ColumnParallelLinear or model.config.tensor_model_parallel_size > 1:
+        if type(module) is not ColumnParallelLinear:
             return None
         tied = model.share_embeddings_and_output_weights
         return Linear(model.shared_embedding_or_output_weight() if tied else module.weight, module.bias, None, pack_for)
@@ -130,6 +130,6 @@ class LeanExecutor:
             x = layer(x, given)
         x = self.norm(x[cache.wanted])
         if self.head is not None:
-            return self.head(x)
+            return gather_from_tensor_model_parallel_region(self.head(x), group=model.output_layer.tp_group)
         weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
         return model.output_layer(x[:, None], weight=weight, runtime_gather_output=True)[0][:, 0]

@@ -55,6 +55,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     ),
 }
+_TIE = 1e-4  # of log-probabilities
 Prompts = list[tuple[list[int], int]]  # token ids, tokens to add
 
 
@@ -177,7 +178,7 @@ def cut(theirs: Any, ours: Any, batch: int, args: argparse.Namespace) -> None:
         dist.barrier()
         started = time.perf_counter()
         settings = {"vocab_size": SIZES["vocab_size"], "max_length": longest, "batch_size": batch}
-        found = complete(ours, prompts, Sampling(max_new_tokens=args.new_tokens), **settings)
+        found = complete(ours, prompts, Sampling(max_new_tokens=args.new_tokens, top_logprobs=2), **settings)
         seconds = time.perf_counter() - started
         dist.barrier()
         if dist.get_rank() == 0:
@@ -186,10 +187,18 @@ def cut(theirs: Any, ours: Any, batch: int, args: argparse.Namespace) -> None:
             expected = with_transformers(theirs, [(prompt, args.new_tokens) for prompt in prompts], batch, lambda: None)
             ratios.append((time.perf_counter() - started) / seconds)
             torch.set_num_threads(1)
-            assert args.precision != "fp32" or [one.token_ids for (one,) in found] == expected
+            for (one,), wanted in zip(found, expected, strict=True):
+                assert args.precision != "fp32" or agrees(one, wanted), (one.token_ids, wanted)
     if dist.get_rank() == 0:
         each = [round(ratio, 2) for ratio in ratios]
         print(json.dumps({"tp": args.tp, "batch_size": batch, "times_as_fast": statistics.median(each), "each": each}))
+
+
+def agrees(found: Any, expected: list[int]) -> bool:
+    """Whether two texts are the same up to a token that is as probable as the next best one, where sums may differ."""
+    pairs = zip(found.token_ids, expected, found.top_logprobs, strict=True)
+    first = next((list(best.values()) for mine, other, best in pairs if mine != other), None)
+    return first is None or first[0] - first[1] < _TIE
 
 
 def summary(rounds: list[Turns], shares: list[float], tokens: int) -> dict[str, Any]:
