@@ -127,6 +127,7 @@ def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     under_way = [dist.isend(x, group=group, group_dst=other) for other in others]
     under_way += [dist.irecv(parts[other], group=group, group_src=other) for other in others]
     for work in under_way:
+        assert work is not None, "only a process outside the group has nothing to do"
         work.wait()
     return reduce(torch.add, parts)
 
