@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -251,7 +252,8 @@ def test_a_worker_that_dies_while_a_pipe_is_waited_for_ends_the_run(
     with open(reading) as stream, open(writing, "wb"):
         monkeypatch.setattr(sys, "stdin", stream)
         assert run(tok, tmp_path / "out" / "data", "-", more=("--chunk-bytes", "20")) == 1
-    assert "was killed by signal 9 at or after stdin (byte 0)" in capfd.readouterr().err
+    found = re.search(r"was killed by signal 9 at or after stdin \(byte (\d+)\)", capfd.readouterr().err)
+    assert found and int(found[1]) % len(GOOD) == 0  # all workers died; one of them is named
     assert left(tmp_path / "out") == []
 
 

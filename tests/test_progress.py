@@ -8,6 +8,7 @@ import subprocess
 import sys
 import termios
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,7 +210,7 @@ def test_weights_and_biases_gets_what_the_log_gets(
         made.append(words)
         return run
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None)))
     blend = f"--data-path 0.6 {folder}/data 0.4 {folder}/other --split 80,20 --eval-interval 2 --eval-iters 1"
     records = train(folder, str(tmp_path / "run"), f"--wandb trials {blend}")
     assert [words["project"] for words in made] == ["trials"] and made[0]["config"]["seq_length"] == 32
