@@ -13,8 +13,8 @@ from kept import Kept
 from megapatch.models import device, parallel
 from megapatch.models.cli import UserError, parser
 from megapatch.models.link import Pool, ThreadLane, rounded
+from megapatch.models.planning.stages import UNDER_WAY
 from megapatch.models.space import DoesNotFit
-from megapatch.trainer.offload.activation_options import UNDER_WAY
 from megapatch.trainer.options import PretrainOptions
 
 CPU = device.start("cpu")

@@ -30,12 +30,19 @@ if TYPE_CHECKING:
 
 WIDTH = {"fp32": 4, "bf16": 2}  # bytes of a weight
 GRADIENT, MOMENTS, MASTER = 4, 8, {"fp32": 0, "bf16": 4}
-STREAMED, CHUNKS, CHUNK = 3, 16, (1 << 20, 4 << 20)  # chunks on the device, in a rank's state, and numbers of each
+AHEAD = 3  # chunks of optimizer state that are on their way at once
+DEPTH, LEAST_CHUNK = 16, 1 << 20  # chunks of a rank's state, of so many numbers at least, and at most, by engine:
+CHUNKS = {"cpu": 16 << 20, "stream": 4 << 20}  # a call costs less than 1 % of a chunk's Adam; three are on a device
 BUCKET = 128  # numbers: buckets of gradients end at multiples of it, and of the ranks that share them
 LEAST = 1 << 20  # bytes of a storage that is worth the way to host memory (--offload-activation-min-kib)
-UNDER_WAY = 2  # layers that are on their way out while the next one computes
+UNDER_WAY = 2  # layers whose copies out may be under way while the next one computes
 POOL = 1 / 8  # by how much buffers in host memory may be larger than what lies in them
 LONGEST = 4  # of a schedule, in pipeline depths: what follows repeats
+
+
+def default_chunk(engine: str, parameters: int) -> int:
+    """Numbers of a chunk: as many as a call is worth, and so few that copies of one run beside another's Adam."""
+    return max(LEAST_CHUNK, min(CHUNKS[engine], parameters // DEPTH))
 
 
 @dataclass(frozen=True)
@@ -237,9 +244,8 @@ class Stage:
     @property
     def streamed(self) -> int:
         """Bytes on the device for what is offloaded and comes there to be updated."""
-        least, most = CHUNK
-        chunk = min(self.optimized, max(least, min(most, self.optimized // CHUNKS)))
-        return STREAMED * chunk * (MOMENTS + 4)  # and fp32 masters
+        chunk = min(self.optimized, default_chunk("stream", self.optimized))
+        return AHEAD * chunk * (MOMENTS + 4)  # and fp32 masters
 
     @property
     def state_bytes(self) -> int:

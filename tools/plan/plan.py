@@ -169,11 +169,7 @@ def ask(options: Options, hf: dict[str, Any], machine: machines.Machine, budget:
     from megapatch.models.held import plain
 
     family.find(hf)
-    longest = family.max_positions(hf)
-    if longest and options.seq_length > longest:
-        raise UserError(
-            f"--seq-length {options.seq_length}: longer than max_position_embeddings of config.json, {longest}"
-        )
+    family.refuse_length(hf, options.seq_length)
     device.hide_gpus()
     found = device.start("cpu")
     from megapatch.models.planning.stand_ins import Pretended

@@ -6,7 +6,6 @@ from typing import Optional
 
 from megapatch.models.cli import UserError, opt
 
-UNDER_WAY = 2  # layers whose copies out may be under way while the next one computes
 PARTS = {  # part: the module of a layer
     "attention": "self_attention",
     "core_attn": "self_attention.core_attention",

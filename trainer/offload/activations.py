@@ -23,8 +23,9 @@ from megapatch.models.cli import UserError
 from megapatch.models.device import Device
 from megapatch.models.link import Pool, lanes
 from megapatch.models.load import unwrapped
+from megapatch.models.planning.stages import UNDER_WAY
 from megapatch.models.space import DoesNotFit, free_bytes, short
-from megapatch.trainer.offload.activation_options import PARTS, UNDER_WAY
+from megapatch.trainer.offload.activation_options import PARTS
 from megapatch.trainer.offload.activation_storage import Group, Link, Saved, Stored
 from megapatch.trainer.options import TrainOptions
 

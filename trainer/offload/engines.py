@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megapatch.models.link import Copy, Lane
+from megapatch.models.planning.stages import AHEAD
 from megapatch.trainer.offload.chunks import FLOAT_BYTES, ROWS, Chunk, Parts, stride
-from megapatch.trainer.offload.options import AHEAD
 
 CASTS = 2  # chunks whose weights are on their way
 POLL_S = 2e-5

@@ -8,19 +8,19 @@ import torch
 
 from megapatch.models.device import Device
 from megapatch.models.link import Lane, lanes
+from megapatch.models.planning.stages import default_chunk
 from megapatch.models.space import DoesNotFit, free_bytes, short
 from megapatch.trainer.offload import chunks as chunking
 from megapatch.trainer.offload.adam import ChunkedAdam, device_bytes, host_bytes
 from megapatch.trainer.offload.chunks import FLOAT_BYTES, ROWS, stride
 from megapatch.trainer.offload.engines import CpuEngine, Engine, StreamEngine
 from megapatch.trainer.offload.measure import MOST, Measured, described, measure
-from megapatch.trainer.offload.options import AUTO, CHUNKS
+from megapatch.trainer.offload.options import AUTO
 from megapatch.trainer.offload.parts import take_over
 from megapatch.trainer.offload.places import shards
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.ranks import together
 
-LEAST, DEPTH = 1 << 20, 16  # elements of a chunk; chunks of a rank
 SPENT = ("adam_s", "cast_s", "d2h_wait_s", "h2d_wait_s", "exposed_s")
 
 
@@ -110,11 +110,6 @@ def start(options: TrainOptions, device: Device, optimizer: Any, wrapped: list[A
         adams[-1].place(count)
         optimizer.chained_optimizers[i] = take_over(part, adams[-1])
     return Offloading(options, device, adams, down, up, name, chunk, measured, neighbours)
-
-
-def default_chunk(engine: str, parameters: int) -> int:
-    """Elements of a chunk: as many as a call is worth, and so few that copies of one run beside another's Adam."""
-    return max(LEAST, min(CHUNKS[engine], parameters // DEPTH))
 
 
 def _engine(name: str, device: Device, link: tuple[Lane, Lane], largest: int, width: int) -> Engine:

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 from megapatch.models.cli import opt
+from megapatch.models.planning.stages import AHEAD, default_chunk
 from megapatch.models.space import count
 
 AUTO = "auto"
-CHUNKS = {"cpu": 16 << 20, "stream": 4 << 20}  # a call costs less than 1 % of a chunk's Adam; three are on a device
 SMALLEST = 64
-AHEAD = 3  # chunks whose gradients, or state, are on their way at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ class OffloadOptions:
         """Bytes on the device for chunks on their way, of a rank of so many parameters, where --offload-engine asks."""
         if not self.least_offloaded or self.offload_engine != "stream":
             return 0
-        return AHEAD * 3 * 4 * min(parameters, self.offload_chunk or CHUNKS["stream"])
+        return AHEAD * 3 * 4 * min(parameters, self.offload_chunk or default_chunk("stream", parameters))
 
     def refuse_offload(self) -> None:
         """ValueError where options do not go together."""

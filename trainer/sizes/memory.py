@@ -23,20 +23,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megapatch.models.cuts import padded_vocabulary
-from megapatch.trainer.offload.activation_options import UNDER_WAY
+from megapatch.models.planning.stages import GRADIENT, MASTER, MOMENTS, POOL, UNDER_WAY, WIDTH
 from megapatch.trainer.options import TrainOptions
 from megapatch.trainer.sizes.shares import Share, stage_layers
 
 MARGIN = 0.9  # of a device's memory that an estimate may fill
-WIDTH = {"fp32": 4, "bf16": 2}  # bytes of a weight or an activation
 MODULE_PARTS = {  # of --offload-activation-modules: parts of a layer
     "core_attn": ("core_attn", "mla_up_proj"),
     "attention": ("attention", "core_attn", "mla_up_proj"),
     "mlp": ("mlp", "moe", "shared_experts"),
 }
-GRADIENT, MOMENTS, MASTER = 4, 8, {"fp32": 0, "bf16": 4}
 FLOAT = 4
-POOL = 9 / 8  # host memory for activations: the size of each is rounded up by so much at most
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def host_bytes(activations: "Activations", part: Share, world: int, stage: int, 
     """Of a rank for its share of the optimizer's state, masters counted, and for activations; not what is staged."""
     options = activations.options
     state = updated(options, part, world) * options.least_offloaded * (MOMENTS + FLOAT)
-    return round(state + POOL * activations.away(stage) * in_flight(options, stage, count))
+    return round(state + (1 + POOL) * activations.away(stage) * in_flight(options, stage, count))
 
 
 @dataclass(frozen=True)
